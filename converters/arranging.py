@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
-from converters.families import Table
-from converters.formats import Format, attention
-from converters.formats.base import table_of
-from converters.formats.fields import without_scale
-from converters.provenance import KEY, blocks_in, places_in
-from converters.rows import DOWN, Blocks, Unfit, aspect, joined
-from converters.rows import split as taken_apart
 from diffpeft.bundle import Bundle, Entry, Rule, dotted, parted
+from diffpeft.converters.families import Table
+from diffpeft.converters.formats import Format, attention
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.formats.fields import without_scale
+from diffpeft.converters.provenance import KEY, blocks_in, places_in
+from diffpeft.converters.rows import DOWN, Blocks, Unfit, aspect, joined
+from diffpeft.converters.rows import split as taken_apart
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,12 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Unpack
 
-from converters.opening import Source, opened
 from diffpeft import io
 from diffpeft.bundle import Handle
+from diffpeft.converters.locating import Where, located
+from diffpeft.converters.opening import Source, opened
 from diffpeft.errors import CheckpointError
 
 _MAX_NAME = 200  # bytes
@@ -19,21 +21,21 @@ _KEY = re.compile(
 )
 
 
-def embeddings(source: Source) -> dict[str, dict[str, Handle]]:
-    """{token: {key in a file of its own: vectors [tokens, width]}} of what a file has bundled. Reads the header only.
+def embeddings(source: Source, **where: Unpack[Where]) -> dict[str, dict[str, Handle]]:
+    """{token: {key in a file of its own: vectors [tokens, width]}} of what a file has bundled. Reads the header only. `where`: which file, as for `located`.
 
     The keys are those of textual inversion files: `emb_params` where there is one text encoder, else `clip_l`, `clip_g` and so on.
     """
-    return _found(opened(source)[0])
+    return _found(opened(located(source, **where))[0])
 
 
-def write_embeddings(source: Source, folder: str | os.PathLike[str]) -> list[Path]:
+def write_embeddings(source: Source, folder: str | os.PathLike[str], **where: Unpack[Where]) -> list[Path]:
     """Write each bundled embedding to `folder/<token>.safetensors`, and return the paths. Characters that file names lack become underscores.
 
     The adapter chose these names, so nothing is overwritten: where another file has one, a number is added.
     """
     paths: list[Path] = []
-    for token, tensors in embeddings(source).items():
+    for token, tensors in embeddings(source, **where).items():
         stem = re.sub(r"[^\w.-]", "_", token).encode()[:_MAX_NAME].decode(errors="ignore")
         names = (f"{stem}{f'-{n}' if n else ''}.safetensors" for n in itertools.count())
         path = next(p for name in names if _is_free(p := Path(folder) / name, tensors) and p not in paths)

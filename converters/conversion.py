@@ -2,36 +2,41 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
-from converters.engine import read
-from converters.formats import FORMATS
-from converters.formats.base import magnitude_axis
-from converters.formats.fields import on_inputs
-from converters.holding import Held, held, refused
-from converters.opening import Source
-from converters.writing import check_path, files, planned, store, written
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, parted
+from diffpeft.converters.engine import read
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import magnitude_axis
+from diffpeft.converters.formats.fields import on_inputs
+from diffpeft.converters.holding import Held, held, refused
+from diffpeft.converters.locating import Where, located
+from diffpeft.converters.opening import Source
+from diffpeft.converters.writing import check_path, files, planned, store, written
 from diffpeft.definition import definition_of
 from diffpeft.errors import ConfigError, UnknownNameError, inside, listed, near, shown
 from diffpeft.files import refuse_existing
 from diffpeft.handles import Scaled
 from diffpeft.methods.layout import INNER, LAYOUTS
 from diffpeft.methods.shapes import rank
+from diffpeft.readable import Readable
 
 if TYPE_CHECKING:
     import torch
 
+log = logging.getLogger(__name__)
+
 DTYPES = {"fp64": "float64", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
-@dataclass(frozen=True)
-class ConvertReport:
+@dataclass(frozen=True, repr=False)
+class ConvertReport(Readable):
     """What a conversion did. Each key of the input is in `mapped` (part of an adapter) or in `carried` (kept as it is).
 
     `level`: L0 if the way back gives the same bytes, L1 if every weight is the same up to rounding.
@@ -55,6 +60,7 @@ def convert(
     dtype: torch.dtype | str | None = None,
     allow: str | None = None,
     overwrite: bool = True,
+    **where: Unpack[Where],
 ) -> ConvertReport:
     """Write an adapter file as another format, whole or not at all.
 
@@ -63,6 +69,7 @@ def convert(
         family, format: override what is detected.
         dtype: of the factors, a torch dtype or fp64, fp32, fp16, bf16; default: as they are stored.
         allow: "approximate" admits what loses more than rounding. (No conversion does so yet.)
+        where: which file, as for `located`.
         overwrite: False refuses an output that is there already, as the command does; else it is replaced, as a whole or not at all.
 
     Where the format has no place for a method, LoHa, LoKr and Tucker forms become LoRAs of the same update (L1), with a warning that names the layers.
@@ -72,12 +79,15 @@ def convert(
         raise ConfigError(f"allow is {shown(allow)}", remedy="It is 'approximate', or left out.")
     cast = dtype_named(dtype)
     check_path(path)
+    source = located(source, **where)
     bundle = read(source, family=family, format=format)
     if isinstance(source, (str, os.PathLike)) and os.path.realpath(source) == os.path.realpath(path):
         raise ConfigError("the output is the input", where=path, remedy="Give another name.")
     with inside(bundle.source):
         UnknownNameError.check("format", to, FORMATS)
-        return _converted(bundle, path, to, cast, overwrite)
+        report = _converted(bundle, path, to, cast, overwrite)
+    log.info("converted %s to %s as %s: %s", bundle.source, path, to, report.level)
+    return report
 
 
 def _converted(

@@ -15,22 +15,24 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import NamedTuple
 
-from converters.families import TABLES, Table
-from converters.families.text import CLIP, T5
-from converters.formats import FORMATS, Format, KeyParts
-from converters.formats.wrappers import all_unwrapped
-from converters.roles import split
-from converters.rows import aspect
-from converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.bundle import Handle
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.families.text import CLIP, T5
+from diffpeft.converters.formats import FORMATS, Format, KeyParts
+from diffpeft.converters.formats.wrappers import all_unwrapped
+from diffpeft.converters.roles import split
+from diffpeft.converters.rows import aspect
+from diffpeft.converters.sizes import LayerKinds, Published, grouped, published
 from diffpeft.errors import UnknownKeysError, listed
 from diffpeft.methods.layout import named
 from diffpeft.methods.shapes import extent, width
+from diffpeft.readable import Readable
 
 Spelt = tuple[str, str]  # what says the component, the layer as the format spells it
 Layers = dict[Spelt, dict[str, Handle]]
 # where a file written here says its family; and the component and the format, where its keys do not
 HINT, COMPONENT, FORMAT = "diffpeft.family", "diffpeft.component", "diffpeft.format"
+NO_FAMILY = "none"  # what a file says whose model was of no family that is known, whatever its layers are called
 # what metadata say, in any of these places: {family: pattern}
 _PLACES = (HINT, "modelspec.architecture", "ss_base_model_version")
 _TOLD = (*_PLACES, COMPONENT, FORMAT)  # all metadata that are looked into
@@ -106,8 +108,8 @@ _RATIOS: dict[re.Pattern[str], dict[str, Fraction | int]] = {
     },
 }
 _NUMBER = re.compile(r"\d+")
-_UNETS = ("sd15", "sd2", "sdxl", "sdxl_refiner")
-_WIDTHS = {768: ("sd15",), 1024: ("sd2",), 2048: ("sdxl",), 1280: ("sdxl_refiner",)}
+UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}  # {width of the cross-attention: the family}
+_ALONE = {width: (family,) for width, family in UNETS.items()}
 _CROSS = re.compile(r".*transformer_blocks[._]\d+[._]attn2[._]to_[kv]")
 _XL = re.compile(
     r".*attentions?[._].*transformer_blocks[._][1-9]|.*_blocks?[._]\d.*transformer_blocks[._][1-9]|add_embedding|label_emb"
@@ -118,8 +120,8 @@ _MOST, _HALF, _FEW = 0.9, 0.5, 8
 _NOT_XL = re.compile(r"(down|up)_blocks[._]3|down_blocks[._]0[._]attentions")
 
 
-@dataclass(frozen=True)
-class Detection:
+@dataclass(frozen=True, repr=False)
+class Detection(Readable):
     """What a file is: its format, its likeliest family, the methods in it, how sure that is (0 to 1), and the other families that fit."""
 
     format: str
@@ -213,7 +215,10 @@ def _fit(
     fitting = _by_ratio(list(counts), layers) or [*counts]
     counts = {family: n for family, n in counts.items() if family in fitting}
     spelt_by = _Own(layers, metadata, FORMATS[formats[0]].tables)
-    families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
+    if metadata.get(HINT) == NO_FAMILY and not family:
+        families, ambiguous, looks_like = _Verdict(())
+    else:
+        families, ambiguous, looks_like = _decided(counts, layers, metadata, formats, spelt_by, family)
     chosen = _format_of(formats, [family] if family else families, spelt_by)
     return Fit(chosen, families, ambiguous, looks_like, counts, len(layers), parts[chosen], ({}, {}, ""))
 
@@ -402,7 +407,7 @@ def _decided(
         return _Verdict((), looks_like=_named(grouped(denoiser)))
     if not denoiser:  # text encoders have the same names everywhere
         return _Verdict(tuple(sorted(fitting, key=lambda f: (f not in best, -spelt_by.most(f, formats)))))
-    if set(best) <= set(_UNETS):
+    if set(best) <= set(UNETS.values()):
         return _Verdict(_unets(best, most, layers, formats))
     if metadata.get(HINT) not in best:
         best, others = _by_size(best, most / len(layers), grouped(denoiser))
@@ -544,7 +549,7 @@ def _by_width(families: list[str], layers: Layers) -> list[str]:
     """Of UNets: by the depth of transformers, the number of text encoders, the width of the cross-attention and which levels there are."""
     is_xl = any(_XL.match(layer) or _XL_WORD.match(word) for word, layer in layers)
     if widths := _cross_attention_widths(layers):
-        told = _WIDTHS.get(min(widths), ("sdxl", "sdxl_refiner") if is_xl else ("sd15",))
+        told = _ALONE.get(min(widths), ("sdxl", "sdxl_refiner") if is_xl else ("sd15",))
         return [family for family in families if family in told] or families
     if is_xl:
         return [family for family in families if family in ("sdxl", "sdxl_refiner")]

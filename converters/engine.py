@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Unpack
 
-from converters.detection import Detection, Fit, fit, methods_of
-from converters.families import TABLES, Table
-from converters.formats import FORMATS, Format
-from converters.formats.base import table_of
-from converters.judging import check_alpha, judged, with_alphas
-from converters.opening import Opened, Source, opened, parts_of
-from converters.placing import Names, Reading, literal, placed
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.converters.detection import Detection, Fit, fit, methods_of
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats import FORMATS, Format
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.judging import check_alpha, judged, with_alphas
+from diffpeft.converters.locating import Where, located
+from diffpeft.converters.opening import Opened, Source, opened, parts_of
+from diffpeft.converters.placing import Names, Reading, literal, placed
 from diffpeft.errors import (
     AmbiguousFormatError,
     CheckpointError,
@@ -25,12 +27,15 @@ from diffpeft.errors import (
 from diffpeft.methods.layout import LAYOUTS
 
 
-def detect(source: Source) -> Detection:
-    """What a file or dict of tensors is, from the header alone. Raises AmbiguousFormatError if its names fit families that spell others apart."""
-    tensors, metadata, where = opened(source)
-    with inside(where):
-        fits = fit(tensors, metadata, where)
-        refuse_ambiguous(fits, where)
+def detect(source: Source, **where: Unpack[Where]) -> Detection:
+    """What a file or dict of tensors is, from the header alone. `where`: which file, as for `located`.
+
+    Raises AmbiguousFormatError if its names fit families that spell others apart.
+    """
+    tensors, metadata, place = opened(located(source, **where))
+    with inside(place):
+        fits = fit(tensors, metadata, place)
+        refuse_ambiguous(fits, place)
         return detected(fits, tensors)
 
 
@@ -75,24 +80,27 @@ def read(
     fits: Fit | None = None,
     metadata: Mapping[str, str] | None = None,
     alpha: float | None = None,
+    **where: Unpack[Where],
 ) -> Bundle:
     """A file, a PEFT folder or a dict of tensors as a Bundle. Reads the header; the tensors stay where they are.
 
     `family` and `format` override detection. `names` {component: layer names, or {name: shape of the canonical weight}} are a model's own, against
     which names are resolved beside the family's table, and which tell the component where the file does not. `fits` is what `fitting` has said
     of it. `metadata` are added to the file's. `alpha` is that of all layers for which the file tells none; without it such a layer has scale 1.
+    `where`: which file, as for `located`.
     """
     check_alpha(alpha)
     UnknownNameError.check("format", format, FORMATS)
     UnknownNameError.check("family", family, TABLES)
+    source = located(source, **where)
     if several := parts_of(source):
         common = _common(several)
         family = family or (common.families[0] if common.families and not common.ambiguous else None)
         bundles = [read(part, family=family, format=format, names=names, alpha=alpha) for part in several]
         return _merged(bundles, source)
-    tensors, told, where = fits.opened if fits else opened(source)
-    with inside(where):
-        return _read(Opened(tensors, {**told, **(metadata or {})}, where), family, format, names, fits, alpha)
+    tensors, told, place = fits.opened if fits else opened(source)
+    with inside(place):
+        return _read(Opened(tensors, {**told, **(metadata or {})}, place), family, format, names, fits, alpha)
 
 
 def _read(

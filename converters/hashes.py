@@ -11,9 +11,9 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import replace
 
-from converters.spelling import Draft
 from diffpeft import io
 from diffpeft.bundle import Handle
+from diffpeft.converters.spelling import Draft
 
 # the dtypes by what safetensors sorts tensors by, the last first: the largest numbers stand in front, so that all are aligned
 _DTYPES = ("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "I16", "F16", "BF16", "I32", "F32", "F64", "I64")

@@ -6,12 +6,12 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from converters.arranging import Arranged, arranged
-from converters.families import Table
-from converters.formats import FORMATS, Answer, Format, KeyParts
-from converters.formats.base import shares_word, table_of
-from converters.rows import aspect
 from diffpeft.bundle import Bundle, Entry, parted
+from diffpeft.converters.arranging import Arranged, arranged
+from diffpeft.converters.families import Table
+from diffpeft.converters.formats import FORMATS, Answer, Format, KeyParts
+from diffpeft.converters.formats.base import shares_word, table_of
+from diffpeft.converters.rows import aspect
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.methods.shapes import is_across
 

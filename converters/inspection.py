@@ -7,23 +7,28 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Unpack
 
-from converters.detection import Fit, bare, fit, methods_of
-from converters.formats import FORMATS
-from converters.formats.base import table_of
-from converters.opening import Opened, Source, opened
-from converters.readers import readers
 from diffpeft import io
 from diffpeft.bundle import Handle, dotted, trigger_words
-from diffpeft.errors import inside
+from diffpeft.converters.detection import Fit, bare, fit, methods_of
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.locating import Where, located
+from diffpeft.converters.opening import Opened, Source, opened
+from diffpeft.converters.readers import readers
+from diffpeft.errors import inside, joined
+from diffpeft.files import parsed
 from diffpeft.methods.shapes import rank
+from diffpeft.readable import Readable, family_in_words, keys_in_words, size_in_words, words
 
+BAR = 30  # characters
+TAGS = 12  # shown
 _BIASES = frozenset({"diff_b", "lora_B_bias"})  # that are zero does not make a layer dead
 
 
-@dataclass(frozen=True)
-class Inspection:
+@dataclass(frozen=True, repr=False)
+class Inspection(Readable):
     """What `inspect` found. `norms` are of the tensors of each layer together; None unless they were asked for, as are `dead` and `nonfinite`.
 
     `ranks` and `alphas` are {value: number of layers}; an alpha of None is missing. `blocks` is {block: number of adapted layers}.
@@ -51,14 +56,47 @@ class Inspection:
     dead: tuple[str, ...] | None = None
     nonfinite: tuple[str, ...] | None = None
 
+    def __str__(self) -> str:
+        """The rows, and the norms by block as bars, if there are any."""
+        blocks = by_block(self.norms or {})
+        largest = max(filter(math.isfinite, blocks.values()), default=0) or 1
+        bars = {
+            block: "?" if math.isnan(norm) else "█" * round(BAR * min(norm / largest, 1))
+            for block, norm in blocks.items()
+        }
+        return "\n".join(
+            [super().__str__(), *(f"  {block:40} {bars[block]:{BAR}} {blocks[block]:.3g}" for block in blocks)]
+        )
 
-def inspect(source: Source, *, norms: bool = False) -> Inspection:
+    def _title(self) -> str:
+        return self.path
+
+    def _rows(self) -> dict[str, str]:
+        rows = {
+            "format": self.format,
+            "family": family_in_words(self.family, self.alternatives),
+            "methods": ", ".join(self.methods),
+            "layers": f"{self.layers} in {', '.join(self.components)}",
+            "ranks": listed_values(self.ranks),
+            "alphas": listed_values(self.alphas),
+            "size": size_in_words(self.tensors, self.bytes, self.dtypes),
+            "trigger words": ", ".join(self.trigger_words),
+            "tags": _tags(self.metadata.get("ss_tag_frequency", "{}")),
+            "read by": ", ".join(self.readable_by),
+            "not an adapter's": keys_in_words(self.carried),
+        }
+        if self.dead is not None and self.nonfinite is not None:
+            rows |= {"dead layers": joined(self.dead, 5), "not finite": joined(self.nonfinite, 5)}
+        return rows
+
+
+def inspect(source: Source, *, norms: bool = False, **where: Unpack[Where]) -> Inspection:
     """What a file, a PEFT folder or a dict of tensors is. Reads the header and the alphas; with `norms` every tensor, one at a time.
 
     `norms` {layer: sqrt of the sum of squares of all its tensors}; `dead` layers have an alpha of 0 or a factor that is all zeros, so that they
-    change nothing; `nonfinite` ones hold NaN or Inf. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
+    change nothing; `nonfinite` ones hold NaN or Inf. `where`: which file, as for `located`. Raises UnreadableFileError, UnknownKeysError or UnsafeFileError.
     """
-    file = opened(source)
+    file = opened(located(source, **where))
     with inside(file.where):
         return _inspected(file, norms)
 
@@ -91,7 +129,7 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
     layers = _with_numbers(_grouped(source, fits))
     _, families, methods, ranks, shapes = _outlined(fits, layers)
     alphas = {name: _number(roles.get("alpha")) for name, roles in layers.items()}
-    measured = _measured(layers, {name for name, alpha in alphas.items() if alpha == 0}) if norms else _Measured()
+    seen = measured(layers, {name for name, alpha in alphas.items() if alpha == 0}) if norms else TensorFacts()
     return Inspection(
         path=where,
         format=fits.format,
@@ -111,9 +149,9 @@ def _inspected(source: Opened, norms: bool) -> Inspection:
         trigger_words=trigger_words(metadata),
         metadata=metadata,
         readable_by=readers(fits.format, methods, families[0], shapes, metadata),
-        norms=measured.norms,
-        dead=measured.dead,
-        nonfinite=measured.nonfinite,
+        norms=seen.norms,
+        dead=seen.dead,
+        nonfinite=seen.nonfinite,
     )
 
 
@@ -148,7 +186,7 @@ def block_of(name: str) -> str:
     return match[0] if match else name
 
 
-class _Measured(NamedTuple):
+class TensorFacts(NamedTuple):
     """What only the numbers tell; see Inspection."""
 
     norms: Mapping[str, float] | None = None
@@ -156,14 +194,14 @@ class _Measured(NamedTuple):
     nonfinite: tuple[str, ...] | None = None
 
 
-def _measured(layers: Mapping[str, Mapping[str, Handle]], off: Collection[str]) -> _Measured:
+def measured(layers: Mapping[str, Mapping[str, Handle]], off: Collection[str]) -> TensorFacts:
     """Norms by layer, the layers that are `off` or have a factor that is zero, and those with values that are not finite."""
     squares = {name: _squares(roles) for name, roles in layers.items()}
     totals = {name: sum(roles.values()) for name, roles in squares.items()}
     norms = {name: math.sqrt(total) if math.isfinite(total) else total for name, total in totals.items()}
     zero = {name for name, roles in squares.items() if any(roles[role] == 0 for role in roles.keys() - _BIASES)}
     dead = tuple(name for name in layers if name in zero or name in off)
-    return _Measured(norms, dead, tuple(name for name, total in totals.items() if not math.isfinite(total)))
+    return TensorFacts(norms, dead, tuple(name for name, total in totals.items() if not math.isfinite(total)))
 
 
 def _squares(roles: Mapping[str, Handle]) -> dict[str, float]:
@@ -184,3 +222,17 @@ def by_block(norms: Mapping[str, float]) -> dict[str, float]:
 def listed_values(values: Iterable[float | str | None]) -> str:
     """Values for people."""
     return ", ".join("none" if v is None else f"{v:g}" if isinstance(v, float) else str(v) for v in values)
+
+
+def _tags(text: str) -> str:
+    """The most frequent parts of the captions that an adapter was trained on, of all folders together; empty where the file tells none."""
+    try:
+        folders = parsed(text)
+    except ValueError:
+        return ""
+    counts: Counter[str] = Counter()
+    for tags in folders.values():
+        for tag, n in tags.items() if isinstance(tags, dict) else ():
+            counts[tag] += n if type(n) is int else 0
+    most = [f"{words(tag)[:100]} {n}" for tag, n in counts.most_common(TAGS) if n > 0]
+    return ", ".join(most) + (f" and {len(counts) - TAGS} more" if len(counts) > TAGS else "")

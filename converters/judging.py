@@ -8,13 +8,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from converters.formats.peft import CONFIG, FILE, WEIGHTS
-from converters.placing import NUMBERS, Keyed, Names, Place, Reading
-from converters.roles import missing, split
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, Rule, canonical
+from diffpeft.converters.formats.peft import CONFIG, FILE, WEIGHTS
+from diffpeft.converters.placing import NUMBERS, Keyed, Names, Place, Reading
+from diffpeft.converters.roles import missing, split
 from diffpeft.errors import (
     CheckpointError,
+    CheckpointWarning,
     ConfigError,
     MissingKeysError,
     ShapeMismatchError,
@@ -147,6 +148,7 @@ def _say_unconfigured(where: str) -> None:
         )
     warnings.warn(
         f"{where}: no {FILE} says the alphas, so each is taken to be the rank (scale 1); alpha= says otherwise",
+        CheckpointWarning,
         stacklevel=3,
     )
 

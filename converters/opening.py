@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from converters.formats.peft import CONFIG, FILE, WEIGHTS
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Handle
+from diffpeft.converters.formats.peft import CONFIG, FILE, WEIGHTS
 from diffpeft.errors import CheckpointError, UnreadableFileError, inside, shown
 from diffpeft.files import Snapshot, config_text
 

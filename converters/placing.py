@@ -6,15 +6,15 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.detection import COMPONENT, bare
-from converters.families import Table
-from converters.formats import Format, KeyParts
-from converters.formats.peft import WEIGHTS
-from converters.formats.wrappers import all_unwrapped
-from converters.roles import OLD_OFT
-from converters.rows import aspect
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Handle, Rule, canonical, dotted
+from diffpeft.converters.detection import COMPONENT, bare
+from diffpeft.converters.families import Table
+from diffpeft.converters.formats import Format, KeyParts
+from diffpeft.converters.formats.peft import WEIGHTS
+from diffpeft.converters.formats.wrappers import all_unwrapped
+from diffpeft.converters.roles import OLD_OFT
+from diffpeft.converters.rows import aspect
 from diffpeft.errors import CheckpointError, listed
 
 Names = Mapping[

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from converters.formats import FORMATS
-from converters.formats.schema import ALPHA, MAX_SIZE, whole
-from converters.formats.wrappers import unwrapped
-from converters.rows import Blocks
 from diffpeft import io
 from diffpeft.bundle import Bundle, Handle
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.schema import ALPHA, MAX_SIZE, whole
+from diffpeft.converters.formats.wrappers import unwrapped
+from diffpeft.converters.rows import Blocks
 from diffpeft.files import parsed
 
 KEY = "diffpeft.provenance"

@@ -12,7 +12,7 @@ import json
 import re
 from collections.abc import Collection, Mapping
 
-from converters.formats import FORMATS
+from diffpeft.converters.formats import FORMATS
 from diffpeft.files import Json, parsed
 
 # which programs read a format at all, those first that it is for: {format: (of LoRA and DoRA, of the other methods)}

@@ -6,13 +6,13 @@ import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from converters.formats import FORMATS, Format
-from converters.formats.config import ranks_of
-from converters.holding import Held
-from converters.provenance import KEY, Original, Place, Row, own_record, record_in
-from converters.spelling import HASHES, OWNED, Draft, is_ours
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.converters.formats import FORMATS, Format
+from diffpeft.converters.formats.config import ranks_of
+from diffpeft.converters.holding import Held
+from diffpeft.converters.provenance import KEY, Original, Place, Row, own_record, record_in
+from diffpeft.converters.spelling import HASHES, OWNED, Draft, is_ours
 from diffpeft.errors import CheckpointError
 from diffpeft.methods.layout import LAYOUTS, is_scaled
 

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from converters.detection import COMPONENT, FORMAT, HINT
-from converters.formats import FORMATS, Format
-from converters.formats.base import table_of
-from converters.formats.peft import CONFIG
-from converters.holding import Held
-from converters.provenance import KEY, Place, recorded
 from diffpeft import io
-from diffpeft.bundle import Entry, Handle, parted
+from diffpeft.bundle import MEMORY, Bundle, Entry, Handle, parted
+from diffpeft.converters.detection import COMPONENT, FORMAT, HINT, NO_FAMILY
+from diffpeft.converters.formats import FORMATS, Format
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.formats.peft import CONFIG
+from diffpeft.converters.holding import Held
+from diffpeft.converters.provenance import KEY, Place, recorded
 
 if TYPE_CHECKING:
     import torch
@@ -82,11 +82,19 @@ def _told(held: Held, entries: Sequence[Entry]) -> dict[str, str]:
     unsaid = [c for c, word in words.items() if fmt.single or (word and fmt.component(word, table) != c)]
     component = next(iter(unsaid), "")
     certain = len(bundle.families) < 2 and (held.adapter or not fmt.folder)
+    family = _family_told(bundle, components, fmt)
     return {
-        **({HINT: bundle.family} if bundle.family and certain else {}),
+        **({HINT: family} if family and certain else {}),
         **({COMPONENT: component} if component else {}),
         **({FORMAT: held.format} if held.format == "onetrainer" else {}),
     }
+
+
+def _family_told(bundle: Bundle, components: Collection[str], fmt: Format) -> str:
+    """The family that a file says; that it is of none, where the model itself was asked, for a file alone may be of one that is not known yet."""
+    denoises = not {"unet", "transformer"}.isdisjoint(components)
+    is_told = bundle.format == MEMORY and denoises and not fmt.folder
+    return bundle.family or (NO_FAMILY if is_told else "")
 
 
 def is_ours(key: str) -> bool:

@@ -8,14 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converters.formats import FORMATS
-from converters.formats.base import shares_word, table_of
-from converters.formats.peft import CONFIG, FILE, WEIGHTS
-from converters.holding import Held, held, refused
-from converters.restoring import restored
-from converters.spelling import Draft, spelt
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Bundle, parted
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import shares_word, table_of
+from diffpeft.converters.formats.peft import CONFIG, FILE, WEIGHTS
+from diffpeft.converters.holding import Held, held, refused
+from diffpeft.converters.restoring import restored
+from diffpeft.converters.spelling import Draft, spelt
 from diffpeft.errors import CannotConvertError, ConfigError, UnknownNameError, listed, shown
 from diffpeft.files import config_in, refuse_existing
 

@@ -6,9 +6,11 @@ The public names are imported on first use, so that `import diffpeft` costs no t
 from __future__ import annotations
 
 import importlib
+import logging
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpeft.methods.layout import CONFIGS
+from diffpeft.methods.layout import CONFIGS, TUNED
 
 __version__ = "0.1.0"
 
@@ -16,7 +18,8 @@ _HOMES = {
     "diffpeft.errors": (
         "DiffpeftError CheckpointError UnreadableFileError UnsafeFileError UnknownKeysError MissingKeysError ShapeMismatchError "
         "NonFiniteError AmbiguousFormatError WrongBaseError CannotConvertError UnknownNameError AdapterStateError ConfigError DataError DivergedError "
-        "HubError LostProcessError NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning UnfitError NotBuiltError WrongKindError"
+        "HubError LostProcessError NothingLearntError PeftError NoMatchingPeftModuleError PeftWarning UnfitError NotBuiltError WrongKindError "
+        "DiffpeftWarning CheckpointWarning ConfigWarning UnusedPatternWarning OutdatedWarning AdapterStateWarning DataWarning"
     ),
     "diffpeft.alias": "as_peft",
     "diffpeft.bundle": "Bundle Entry",
@@ -46,7 +49,7 @@ _HOMES = {
     "diffpeft.llm.prefix_tuning": "PrefixEncoder",
     "diffpeft.llm.prompt_tuning": "PromptEmbedding",
     "diffpeft.llm.status": "get_layer_status get_model_status",
-    "diffpeft.llm.tuners": "AdaLoraModel BOFTModel HRAModel IA3Model LoHaModel LoKrModel LoraModel OFTModel VeraModel",
+    "diffpeft.llm.tuners": " ".join(f"{stem}Model" for stem in TUNED),
     "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
@@ -55,23 +58,32 @@ _HOMES = {
     "diffpeft.pipeline.adapters": "set_adapters get_adapters adapters unload AdapterStatus",
     "diffpeft.pipeline.hotswap": "replace",
     "diffpeft.pipeline.load": "load_lora save_lora LoadReport",
+    "diffpeft.takeover": "release take_over",
     "diffpeft.tools.baking": "bake",
+    "diffpeft.tools.comparing": "diff",
+    "diffpeft.tools.diagnosis": "doctor",
     "diffpeft.tools.editing": "edit",
     "diffpeft.tools.extracting": "extract",
     "diffpeft.tools.listing": "list_adapters",
     "diffpeft.tools.merging": "merge",
     "diffpeft.tools.pruning": "prune",
     "diffpeft.tools.resizing": "resize scale",
+    "diffpeft.tools.verifying": "verify",
     "diffpeft.train.config": "TrainConfig",
     "diffpeft.utils.constants": "TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING bloom_model_postprocess_past_key_value",
     "diffpeft.utils.other": "cast_mixed_precision_params shift_tokens_right",
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names.split()}
-_MODULES = {"schedule": "diffpeft.model.schedule", "train": "diffpeft.train"}
+_MODULES = {"converters": "diffpeft.converters", "schedule": "diffpeft.model.schedule", "train": "diffpeft.train"}
 __all__ = sorted([*_HOME, *_MODULES])
+logging.getLogger("diffpeft").addHandler(logging.NullHandler())  # nothing is printed unless the program asks for it
+_HERE = Path(__file__).parent
+if not (_HERE / "converters").is_dir():  # a checkout whose links were not kept
+    __path__.append(str(_HERE.parent))
 _PEFTS = ("functional", "helpers", "optimizers", "tuners", "utils")  # its modules, which are attributes of it
 
 if TYPE_CHECKING:
+    from diffpeft import converters as converters
     from diffpeft.alias import as_peft as as_peft
     from diffpeft.bundle import Bundle as Bundle
     from diffpeft.bundle import Entry as Entry
@@ -130,6 +142,7 @@ if TYPE_CHECKING:
     from diffpeft.llm.status import get_model_status as get_model_status
     from diffpeft.llm.tuners import AdaLoraModel as AdaLoraModel
     from diffpeft.llm.tuners import BOFTModel as BOFTModel
+    from diffpeft.llm.tuners import HiraModel as HiraModel
     from diffpeft.llm.tuners import HRAModel as HRAModel
     from diffpeft.llm.tuners import IA3Model as IA3Model
     from diffpeft.llm.tuners import LoHaModel as LoHaModel
@@ -156,7 +169,11 @@ if TYPE_CHECKING:
     from diffpeft.pipeline.load import LoadReport as LoadReport
     from diffpeft.pipeline.load import load_lora as load_lora
     from diffpeft.pipeline.load import save_lora as save_lora
+    from diffpeft.takeover import release as release
+    from diffpeft.takeover import take_over as take_over
     from diffpeft.tools.baking import bake as bake
+    from diffpeft.tools.comparing import diff as diff
+    from diffpeft.tools.diagnosis import doctor as doctor
     from diffpeft.tools.editing import edit as edit
     from diffpeft.tools.extracting import extract as extract
     from diffpeft.tools.listing import list_adapters as list_adapters
@@ -164,6 +181,8 @@ if TYPE_CHECKING:
     from diffpeft.tools.pruning import prune as prune
     from diffpeft.tools.resizing import resize as resize
     from diffpeft.tools.resizing import scale as scale
+    from diffpeft.tools.verifying import verify as verify
+    from diffpeft.train import TrainPackage
     from diffpeft.train.config import TrainConfig as TrainConfig
     from diffpeft.utils.constants import (
         TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING as TRANSFORMERS_MODELS_TO_PREFIX_TUNING_POSTPROCESS_MAPPING,
@@ -173,6 +192,8 @@ if TYPE_CHECKING:
     )
     from diffpeft.utils.other import cast_mixed_precision_params as cast_mixed_precision_params
     from diffpeft.utils.other import shift_tokens_right as shift_tokens_right
+
+    train: TrainPackage
 
 
 def __getattr__(name: str) -> Any:

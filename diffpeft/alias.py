@@ -16,7 +16,8 @@ from importlib.metadata import Distribution, DistributionFinder
 from pathlib import Path
 from types import ModuleType
 
-from diffpeft.errors import AdapterStateError, listed
+from diffpeft.errors import AdapterStateError, AdapterStateWarning, listed
+from diffpeft.methods.layout import TUNED
 from diffpeft.methods.peft_config import DIALECT
 
 PEFT = "peft"
@@ -47,7 +48,7 @@ PLACES = {  # {module of peft: ours with its names}
     "peft.optimizers.riemannian": "diffpeft.optimizers.riemannian",
     "peft.peft_model": "diffpeft.llm.peft_model",
     "peft.tuners": "diffpeft.tuners",
-    **_parts("diffpeft.tuners", "adalora boft hra ia3 loha oft vera", "config layer model"),
+    **_parts("diffpeft.tuners", " ".join(row.peft.lower() for row in TUNED.values()), "config layer model"),
     **_parts("diffpeft.tuners.{}", "lora lokr", "config layer model"),
     "peft.tuners.lora.conversion": "diffpeft.llm.conversion",
     **_parts("diffpeft.tuners", "multitask_prompt_tuning p_tuning prefix_tuning prompt_tuning", "config model"),
@@ -122,6 +123,7 @@ def as_peft() -> ModuleType:
         warnings.warn(
             f"{listed(unaware)} had been told before that there is no peft, and will not use it. "
             "Call diffpeft.as_peft() at the start, before other imports.",
+            AdapterStateWarning,
             stacklevel=2,
         )
     return served

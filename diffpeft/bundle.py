@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from diffpeft.definition import deltas
 from diffpeft.entries import COMPONENTS, Entry, Rule, canonical, dotted, parted
-from diffpeft.handles import Handle
+from diffpeft.handles import Handle, nbytes
+from diffpeft.readable import Readable, family_in_words, keys_in_words, size_in_words
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,11 @@ __all__ = [
 ]
 
 
-@dataclass
-class Bundle:
+MEMORY = "memory"  # the format of an adapter that is on a model
+
+
+@dataclass(repr=False)
+class Bundle(Readable):
     """A whole adapter: entries in file order, tensors that are no adapter's under their original keys, and the file's metadata."""
 
     format: str
@@ -56,6 +60,23 @@ class Bundle:
     def trigger_words(self) -> tuple[str, ...]:
         """What the file says must stand in a prompt, from `modelspec.trigger_phrase` or `trained_words`."""
         return trigger_words(self.metadata)
+
+    def _title(self) -> str:
+        return self.source
+
+    def _rows(self) -> dict[str, str]:
+        handles = [h for entry in self.entries for h in entry.tensors.values()] + [*self.carried.values()]
+        components = dict.fromkeys(parted(entry.layer)[0] or "the model" for entry in self.entries)
+        return {
+            "format": self.format,
+            "family": family_in_words(self.family, self.families[1:]),
+            "methods": ", ".join(sorted(self.methods)),
+            "layers": f"{len(self.entries)} in {', '.join(components)}",
+            "ranks": ", ".join(str(rank) for rank in sorted({entry.rank for entry in self.entries} - {0})),
+            "size": size_in_words(len(handles), sum(map(nbytes, handles)), (h.dtype for h in handles)),
+            "trigger words": ", ".join(self.trigger_words),
+            "not an adapter's": keys_in_words(self.carried),
+        }
 
     def deltas(self, base: Mapping[str, torch.Tensor] | None = None) -> dict[str, torch.Tensor]:
         """{canonical layer: f(W) - W in float64}, by each method's definition. `base` {layer: W} is for methods that need W, such as DoRA and OFT.

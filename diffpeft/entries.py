@@ -12,6 +12,8 @@ from typing import Any
 
 from diffpeft.handles import Handle
 from diffpeft.methods.layout import named
+from diffpeft.methods.shapes import rank
+from diffpeft.readable import Readable
 
 COMPONENTS = (
     "unet",
@@ -96,8 +98,8 @@ class Rule:
         return Rule(self.original.format(*numbers), parts, self.chunks, self.aspect)
 
 
-@dataclass(frozen=True)
-class Entry:
+@dataclass(frozen=True, repr=False)
+class Entry(Readable):
     """One method on one layer: its tensors by role (PEFT's parameter names), and the alpha as the file gives it."""
 
     method: str
@@ -125,6 +127,11 @@ class Entry:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the tensors by role."""
         return {role: h.shape for role, h in self.tensors.items()}
+
+    @property
+    def rank(self) -> int:
+        """The rank that the tensors show; 0 if they show none."""
+        return rank(self.shapes)
 
     @property
     def methods(self) -> frozenset[str]:

@@ -27,6 +27,15 @@ DiffpeftError                       1
 |-- NothingLearntError              6   training changed nothing
 `-- LostProcessError                7   another process of the run has ended
 
+DiffpeftWarning (UserWarning)
+|-- CheckpointWarning                   a file has something that is not used
+|-- ConfigWarning                       a setting that means nothing here
+|   |-- UnusedPatternWarning (RuntimeWarning) names of layers that there are none of
+|   `-- OutdatedWarning (FutureWarning) a setting that is said elsewhere by now
+|-- AdapterStateWarning                 nothing to do
+|-- DataWarning                         rows or files that are left out
+`-- PeftWarning                         PEFT's kind
+
 Every error says what is wrong, where, and what to do about it; `str()` is these three in one line.
 """
 
@@ -35,7 +44,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+Value = TypeVar("Value")
 
 MAX_NAME, MAX_LISTED = 200, 20
 MAX_LINE, MAX_KNOWN = 1650, 1400  # characters of a line of a message, and of the names that are known in it
@@ -76,6 +87,16 @@ def known_names(known: Iterable[str]) -> str:
         shown_names.append(name)
     more = len(names) - len(shown_names)
     return (", ".join(shown_names) or "none") + (f" and {more} more" if more else "")
+
+
+def one_of(**names: Value | None) -> Value | None:
+    """The value of an argument that has several names. Raises ConfigError if more than one of them was used."""
+    used = [name for name, value in names.items() if value is not None]
+    if len(used) > 1:
+        raise ConfigError(
+            f"{' and '.join(f'{name}=' for name in used)} are one argument", remedy=f"Say {used[0]}= alone."
+        )
+    return names[used[0]] if used else None
 
 
 def _printable(text: object) -> str:
@@ -179,7 +200,35 @@ class PeftError(DiffpeftError):
     """The root of PEFT's own types of errors."""
 
 
-class PeftWarning(UserWarning):
+class DiffpeftWarning(UserWarning):
+    """The root of all warnings of this package: `warnings.simplefilter("ignore", diffpeft.DiffpeftWarning)` silences them, and "error" raises them."""
+
+
+class CheckpointWarning(DiffpeftWarning):
+    """A file or state dict has something that is not used, or is read in another way than it says."""
+
+
+class ConfigWarning(DiffpeftWarning):
+    """A setting that means nothing here, or something else than it seems to."""
+
+
+class UnusedPatternWarning(ConfigWarning, RuntimeWarning):
+    """A setting names layers that there are none of; PEFT has RuntimeWarnings there."""
+
+
+class OutdatedWarning(ConfigWarning, FutureWarning):
+    """A setting that is said elsewhere by now."""
+
+
+class AdapterStateWarning(DiffpeftWarning):
+    """There is nothing to do, or something else has to be done first."""
+
+
+class DataWarning(DiffpeftWarning):
+    """Something of a data set, or of a file beside it, is left out or left alone."""
+
+
+class PeftWarning(DiffpeftWarning):
     """PEFT's kind of warning."""
 
 

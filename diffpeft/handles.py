@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.errors import CannotConvertError, CheckpointError
 from diffpeft.files import Snapshot
+from diffpeft.readable import Readable
 
 if TYPE_CHECKING:
     import numpy as np
@@ -93,8 +94,8 @@ class Scaled:
     factor: float
 
 
-@dataclass(frozen=True)
-class Handle:
+@dataclass(frozen=True, repr=False)
+class Handle(Readable):
     """One stored tensor, not yet read: safetensors dtype name, shape, and where the bytes are.
 
     They are bytes [start, end) of `path`, a tensor, bytes in memory, or made of other handles' (`parts`): their bytes one after the other, or as

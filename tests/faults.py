@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-import converters
 import diffpeft
+from diffpeft import converters
 
 OURS = tuple(str(Path(package.__file__).parent) for package in (diffpeft, converters))
 GENERATOR = inspect.CO_GENERATOR

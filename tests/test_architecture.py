@@ -7,22 +7,23 @@ import re
 import sys
 from pathlib import Path
 
-import converters
 import diffpeft
+from diffpeft import converters
 
 ROOT = Path(diffpeft.__file__).parent.parent
-assert Path(converters.__file__).parent.parent == ROOT
+assert Path(converters.__file__).resolve().parent.parent == ROOT
 
-LOW = ("errors", "patterns", "files", "methods", "handles", "entries", "definition", "bundle", "io")
+LOW = ("errors", "readable", "patterns", "files", "methods", "handles", "entries", "definition", "bundle", "io")
 FLOORS = {  # each package of ours: what it may import besides itself
     "errors": (),
+    "readable": ("errors",),
     "patterns": ("errors",),
     "files": ("errors",),
     "methods": ("errors", "patterns", "files"),
-    "handles": ("errors", "files"),
-    "entries": ("errors", "methods", "handles"),
+    "handles": ("errors", "readable", "files"),
+    "entries": ("errors", "readable", "methods", "handles"),
     "definition": ("errors", "methods", "handles", "entries"),  # methods inside functions: they bring torch along
-    "bundle": ("errors", "handles", "entries", "definition"),
+    "bundle": ("errors", "readable", "handles", "entries", "definition"),
     "io": ("errors", "files", "handles"),
     "converters": LOW,
     "layers": LOW,
@@ -40,6 +41,8 @@ FLOORS = {  # each package of ours: what it may import besides itself
     "optimizers": (*LOW, "layers", "model", "llm"),
     "helpers": (*LOW, "layers", "model", "pipeline", "llm"),
     "import_utils": (),
+    # diffusers' methods under their own names
+    "takeover": (*LOW, "layers", "model", "pipeline", "llm", "converters"),
     "alias": ("errors", "methods"),
 }
 HEAVY = {"diffusers", "transformers", "accelerate", "bitsandbytes", "click", "peft"}
@@ -49,13 +52,14 @@ FILES = sorted(
 
 
 def floor_of(module: str) -> str:
-    """The package of ours that a module name belongs to: `diffpeft.model.mix` -> model, `converters.engine` -> converters."""
-    head, _, rest = module.partition(".")
-    return head if head == "converters" else rest.partition(".")[0]
+    """The package of ours that a module name belongs to: `diffpeft.model.mix` -> model, `diffpeft.converters.engine` -> converters."""
+    return module.partition(".")[2].partition(".")[0]
 
 
 def name_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    """The module that a file is: what is in the folder converters is diffpeft.converters."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts if parts[0] == "diffpeft" else ("diffpeft", *parts)).removesuffix(".__init__")
 
 
 def imports(nodes, inside: str):
@@ -102,10 +106,16 @@ def test_imports_go_downwards_only():
         floor = floor_of(module)
         if floor in ("", "__main__"):  # the lazy table of public names, and the command
             return set()
-        names = [name for name in imports(ast.walk(tree), module) if roots([name]) & {"diffpeft", "converters"}]
+        names = [name for name in imports(ast.walk(tree), module) if roots([name]) == {"diffpeft"}]
         return {floor_of(name) for name in names} - {"", "__version__", floor, *FLOORS[floor]}
 
     assert not wrong(FILES, foreign)
+
+
+def test_converters_are_imported_by_the_name_that_nobody_else_has():
+    """A user's own converters.py may be the first on the path."""
+    assert not wrong(FILES, lambda module, tree: roots(imports(ast.walk(tree), module)) & {"converters"})
+    assert (ROOT / "diffpeft" / "converters").resolve() == ROOT / "converters"
 
 
 def test_low_floors_import_no_heavy_library_at_their_top():

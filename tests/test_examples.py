@@ -2,16 +2,15 @@
 
 import importlib.util
 import re
-import shlex
+import sys
 from pathlib import Path
 
-import click
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 import diffpeft
-from diffpeft.cli import cli
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import open_pipeline
 from diffpeft.train.config import TrainConfig
@@ -24,7 +23,9 @@ ROOT = Path(__file__).parent.parent
 
 def module(path):
     spec = importlib.util.spec_from_file_location(path.stem, path)
-    found = importlib.util.module_from_spec(spec)
+    found = sys.modules[path.stem] = importlib.util.module_from_spec(
+        spec
+    )  # there dataclasses look for what annotations name
     spec.loader.exec_module(found)
     return found
 
@@ -53,17 +54,54 @@ def test_the_mix_of_two_adapters_is_base_where_both_are_off(tmp_path):
     assert picture.size == (192, 192) and len(cells) == 9
 
 
-def commands():
-    blocks = re.findall(r"```\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
-    return [line for block in blocks for line in block.splitlines() if line.startswith("diffpeft ")]
+@pytest.mark.slow
+def test_a_server_gives_each_request_what_it_asks_for(tmp_path):
+    """Requests of a batch, adapters that come and go, one that is broken: each picture is the one that its request gives alone."""
+    pipe = open_pipeline()
+    for name in ("a", "b"):
+        diffpeft.attach(pipe.unet, diffpeft.LoraConfig(r=2, init_lora_weights=False), name, targets=["attn1.to_q"])
+        diffpeft.save_lora(pipe, tmp_path / f"{name}.safetensors", name=name)
+        diffpeft.unload(pipe)
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    server = module(ROOT / "examples" / "server.py")
+    requests = [server.Request("a cat", mix, seed) for seed, mix in enumerate([{"a": 1.0}, {"b": -1.0, "a": 0.5}, {}])]
+
+    def drawn(batch):
+        painter = server.Painter(tmp_path, batch=batch, steps=2, budget=0)
+        answers = [painter.draw(request) for request in [*requests, server.Request("a cat", {"broken": 1.0})]]
+        with pytest.raises(KeyError, match=r"no adapter 'c'\. There are: a, b, broken"):
+            painter.draw(server.Request("a cat", {"c": 1.0}))
+        with pytest.raises(diffpeft.DiffpeftError):
+            answers.pop().result()
+        pictures = np.stack([np.asarray(answer.result(), dtype=int) for answer in answers])
+        painter.close()
+        assert len(painter.loaded) == 1 and [*diffpeft.get_adapters(painter.pipe)] == [*painter.loaded]
+        return pictures
+
+    together, alone = drawn(batch=4), drawn(batch=1)
+    assert abs(together - alone).max() <= 1  # of 255: products of several rows are rounded otherwise
+    assert abs(alone[0] - alone[2]).max() > 20
 
 
-@pytest.mark.parametrize("line", commands())
-def test_the_readmes_commands_parse(line):
-    name, *args = shlex.split(line)[1:]
-    command = cli.get_command(click.Context(cli), name)
-    assert command is not None
-    command.make_context(name, args)
+@pytest.mark.slow
+def test_the_servers_pages_are_pngs_and_its_errors_say_why(tmp_path):
+    testclient = pytest.importorskip(
+        "fastapi.testclient", reason="the server is an example, and FastAPI none of the requirements"
+    )
+    server = module(ROOT / "examples" / "server.py")
+    painter = server.Painter(tmp_path, batch=1, steps=1)
+    (tmp_path / "broken.safetensors").write_bytes(b"no")
+    client = testclient.TestClient(server.app(painter))
+    assert client.get("/adapters").json() == {"adapters": ["broken"], "loaded": []}
+    assert client.post("/draw", json={"prompt": "a cat"}).content.startswith(b"\x89PNG")
+    for mix, status in (({"c": 1.0}, 404), ({"broken": 1.0}, 422)):
+        assert client.post("/draw", json={"prompt": "a cat", "mix": mix}).status_code == status
+    painter.close()
+
+
+def test_the_readme_is_short_and_begins_with_its_picture():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) < 150 and lines[2].startswith("![")
 
 
 def test_the_readme_has_the_two_commands_alone_on_a_line_and_its_links_lead_somewhere():
@@ -74,9 +112,14 @@ def test_the_readme_has_the_two_commands_alone_on_a_line_and_its_links_lead_some
 
 
 def snippets():
-    for page in ("README.md", "docs/methods.md", "docs/adapters.md"):
+    pages = [
+        "README.md",
+        *(f"docs/{name}.md" for name in ("methods", "adapters", "diffusers", "servers", "from-webui")),
+    ]
+    for page in [*pages, *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/methods/*.md"))]:
         for i, block in enumerate(re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.S)):
-            yield pytest.param(block, id=f"{page}-{i}")
+            slow = pytest.mark.slow if "methods/" in page else ()  # the contracts attach every method
+            yield pytest.param(block, id=f"{page}-{i}", marks=slow)
 
 
 @pytest.mark.parametrize("block", snippets())
@@ -88,7 +131,7 @@ def test_the_pages_python_runs(block, fresh, tmp_path, monkeypatch):
         config = diffpeft.LoraConfig(r=2, init_lora_weights=False)
         diffpeft.attach(pipe, config, name, targets=["attn1.to_q", "up_blocks.0.attentions.0.proj_in", "fc1"])
         diffpeft.save_lora(pipe, f"{name}.safetensors", name=name)
-        if "load_lora(" in block:
+        if "load_lora" in block:
             diffpeft.unload(pipe)
     quick = block.replace('pipe("a castle")', 'pipe("a castle", num_inference_steps=1)')
     names = {"pipe": pipe, "unet": pipe.unet, "diffpeft": diffpeft, "torch": torch}

@@ -16,8 +16,7 @@ import pytest
 import torch
 from torch import nn
 
-import converters
-from diffpeft import LoraConfig, PeftModel, get_peft_model, io
+from diffpeft import LoraConfig, PeftModel, converters, get_peft_model, io
 from diffpeft.errors import CannotConvertError, ConfigError, DiffpeftError, UnreadableFileError
 from diffpeft.files import Snapshot, commits, config_text, parsed, present, snapshots, together
 from diffpeft.model.mix import check_name

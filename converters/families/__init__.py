@@ -1,32 +1,32 @@
 """How models name their layers. One file an architecture, one line a family here."""
 
-from converters.families.ace_step import ACE_STEP, ACE_STEP_COMFYUI
-from converters.families.auraflow import AURAFLOW
-from converters.families.base import Encoder, Rule, Table
-from converters.families.cogvideox import COGVIDEOX
-from converters.families.cogview4 import COGVIEW4, GLM_IMAGE
-from converters.families.cosmos import COSMOS
-from converters.families.ernie_image import ERNIE_IMAGE
-from converters.families.flux import BRIA, BRIA_FIBO, CHROMA, FLUX, FLUX2, LONGCAT_IMAGE, OVIS_IMAGE
-from converters.families.flux3 import FLUX3
-from converters.families.hidream import HIDREAM
-from converters.families.hunyuan_image import HUNYUAN_IMAGE
-from converters.families.hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO
-from converters.families.hunyuan_video15 import HUNYUAN_VIDEO15, HUNYUAN_VIDEO15_COMFYUI
-from converters.families.ideogram4 import IDEOGRAM4
-from converters.families.kandinsky5 import KANDINSKY5
-from converters.families.krea2 import KREA2
-from converters.families.ltx import LTX, LTX2
-from converters.families.lumina import BRIA_FIBO2, LUMINA2, OMNIGEN2, Z_IMAGE
-from converters.families.minimax_h3 import MINIMAX_H3
-from converters.families.mochi import MOCHI
-from converters.families.nucleus_image import NUCLEUS_IMAGE
-from converters.families.pixart import PIXART, SANA, SANA_VIDEO
-from converters.families.prx import PRX
-from converters.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE21
-from converters.families.sd3 import SD3
-from converters.families.unet import SD2, SD15, SDXL, SDXL_REFINER
-from converters.families.wan import CHRONO_EDIT, HELIOS, SKYREELS_V2, WAN, WAN_ANIMATE2
+from diffpeft.converters.families.ace_step import ACE_STEP, ACE_STEP_COMFYUI
+from diffpeft.converters.families.auraflow import AURAFLOW
+from diffpeft.converters.families.base import Encoder, Rule, Table
+from diffpeft.converters.families.cogvideox import COGVIDEOX
+from diffpeft.converters.families.cogview4 import COGVIEW4, GLM_IMAGE
+from diffpeft.converters.families.cosmos import COSMOS
+from diffpeft.converters.families.ernie_image import ERNIE_IMAGE
+from diffpeft.converters.families.flux import BRIA, BRIA_FIBO, CHROMA, FLUX, FLUX2, LONGCAT_IMAGE, OVIS_IMAGE
+from diffpeft.converters.families.flux3 import FLUX3
+from diffpeft.converters.families.hidream import HIDREAM
+from diffpeft.converters.families.hunyuan_image import HUNYUAN_IMAGE
+from diffpeft.converters.families.hunyuan_video import FRAMEPACK, HUNYUAN_VIDEO
+from diffpeft.converters.families.hunyuan_video15 import HUNYUAN_VIDEO15, HUNYUAN_VIDEO15_COMFYUI
+from diffpeft.converters.families.ideogram4 import IDEOGRAM4
+from diffpeft.converters.families.kandinsky5 import KANDINSKY5
+from diffpeft.converters.families.krea2 import KREA2
+from diffpeft.converters.families.ltx import LTX, LTX2
+from diffpeft.converters.families.lumina import BRIA_FIBO2, LUMINA2, OMNIGEN2, Z_IMAGE
+from diffpeft.converters.families.minimax_h3 import MINIMAX_H3
+from diffpeft.converters.families.mochi import MOCHI
+from diffpeft.converters.families.nucleus_image import NUCLEUS_IMAGE
+from diffpeft.converters.families.pixart import PIXART, SANA, SANA_VIDEO
+from diffpeft.converters.families.prx import PRX
+from diffpeft.converters.families.qwen_image import QWEN_IMAGE, QWEN_IMAGE21
+from diffpeft.converters.families.sd3 import SD3
+from diffpeft.converters.families.unet import SD2, SD15, SDXL, SDXL_REFINER
+from diffpeft.converters.families.wan import CHRONO_EDIT, HELIOS, SKYREELS_V2, WAN, WAN_ANIMATE2
 
 TABLES: dict[str, Table] = {
     "sd15": SD15,

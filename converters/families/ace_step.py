@@ -1,7 +1,7 @@
 """ACE-Step 1.5, for music. In ComfyUI its layers are in a `decoder`."""
 
-from converters.families import text
-from converters.families.base import renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import renamed, same, table, within
 
 _ATTENTION = {**{f"{p}_proj": f"to_{p}" for p in "qkv"}, "o_proj": "to_out.0", "q_norm": "norm_q", "k_norm": "norm_k"}
 _TIMES = ("time_embed", "time_embed_r")

@@ -1,7 +1,7 @@
 """AuraFlow (and Pony v7): a few joint blocks, then single ones."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Rule, renamed, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Rule, renamed, table, within
 
 _FEED_FORWARD = {"c_fc1": "linear_1", "c_fc2": "linear_2", "c_proj": "out_projection"}
 _IMAGE = {"q": "attn.to_q", "k": "attn.to_k", "v": "attn.to_v", "o": "attn.to_out.0"}

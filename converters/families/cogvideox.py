@@ -1,7 +1,7 @@
 """CogVideoX, whose original is built on SwissArmyTransformer (SAT)."""
 
-from converters.families import text
-from converters.families.base import Rule, renamed, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Rule, renamed, table, within
 
 # shift, scale and gate four times: before the attention and before the feed-forward, of the video, then both of the text
 _MODULATION = Rule(

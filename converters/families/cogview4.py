@@ -1,7 +1,7 @@
 """CogView4, whose original is built on SwissArmyTransformer (SAT), and GLM-Image, which is CogView4 with more to read and has diffusers' names alone."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Encoder, Rule, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Encoder, Rule, renamed, same, table, within
 
 _BLOCK = renamed(
     {

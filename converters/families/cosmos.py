@@ -1,7 +1,7 @@
 """Cosmos 1 and Predict 2, and Anima, which is a Cosmos Predict 2 with a text conditioner before it (`llm_adapter` in the original)."""
 
-from converters.families import text
-from converters.families.base import Encoder, Rule, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, Rule, renamed, same, table, within
 
 _ATTENTION = {
     **{f"{p}_proj": f"to_{p}" for p in "qkv"},

@@ -1,7 +1,7 @@
 """ERNIE-Image: the original is written in diffusers' names."""
 
-from converters.families import text
-from converters.families.base import Encoder, same, table
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, same, table
 
 _BLOCK = (
     *(f"self_attention.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k")),

@@ -1,7 +1,7 @@
 """Flux.1; Chroma, which is Flux.1 with one guidance layer instead of a modulation in each block; Flux.2; and models that are built as Flux.1 is."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Encoder, Rule, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Encoder, Rule, renamed, same, table, within
 
 _ATTENTION = {
     "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),

@@ -1,7 +1,7 @@
 """Flux.3: blocks by what the tokens are (images, images to go by, sound, text), and blocks for all of them."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Encoder, Rule, renamed, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Encoder, Rule, renamed, table, within
 
 _BLOCK = renamed(
     {

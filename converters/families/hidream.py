@@ -1,7 +1,7 @@
 """HiDream-I1: the original is written in diffusers' names. Its feed-forwards are mixtures of experts."""
 
-from converters.families import text
-from converters.families.base import Encoder, same, table
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, same, table
 
 _ATTENTION = tuple(f"attn1.{layer}" for layer in ("to_q", "to_k", "to_v", "to_out", "q_rms_norm", "k_rms_norm"))
 _EXPERTS = tuple(f"ff_i.{part}.w{n}" for part in ("shared_experts", "experts.{}") for n in (1, 2, 3))

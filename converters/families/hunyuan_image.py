@@ -1,8 +1,8 @@
 """HunyuanImage 2.1: HunyuanVideo's blocks, a mapper of glyphs beside the refiner of the text, no pooled text."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Encoder, Rule, renamed, respelt, table, within
-from converters.families.hunyuan_video import DOUBLE, REFINER, SINGLE, TEXT
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Encoder, Rule, renamed, respelt, table, within
+from diffpeft.converters.families.hunyuan_video import DOUBLE, REFINER, SINGLE, TEXT
 
 _EMBEDDERS = {"time_in": "timestep_embedder", "time_r_in": "timestep_embedder_r", "guidance_in": "guidance_embedder"}
 _GLYPHS = {"layernorm": "norm", **{f"fc{n}": f"linear_{n}" for n in (1, 2, 3)}}

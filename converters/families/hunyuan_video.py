@@ -1,7 +1,7 @@
 """HunyuanVideo: Flux.1's blocks in other words, and a refiner of the text's tokens. FramePack, which is made from it."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Rule, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Rule, renamed, same, table, within
 
 DOUBLE = renamed(
     {

@@ -1,9 +1,9 @@
 """HunyuanVideo 1.5: double blocks alone, whose q, k and v are layers of their own in the original and one layer in ComfyUI."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Rule, renamed, respelt, table, within
-from converters.families.hunyuan_image import COMFYUI
-from converters.families.hunyuan_video import DOUBLE, REFINER, TEXT
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Rule, renamed, respelt, table, within
+from diffpeft.converters.families.hunyuan_image import COMFYUI
+from diffpeft.converters.families.hunyuan_video import DOUBLE, REFINER, TEXT
 
 _APART = renamed(
     {

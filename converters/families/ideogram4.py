@@ -1,7 +1,7 @@
 """Ideogram 4: one stream of blocks; only the attention has other names than diffusers'. Adapters are of the conditional one of its two transformers."""
 
-from converters.families import text
-from converters.families.base import Encoder, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, renamed, same, table, within
 
 _BLOCK = (
     *renamed({"attention.qkv": tuple(f"attention.to_{p}" for p in "qkv"), "attention.o": "attention.to_out.0"}),

@@ -1,7 +1,7 @@
 """Kandinsky 5, for videos and images: the original and ComfyUI have diffusers' names."""
 
-from converters.families import text
-from converters.families.base import Encoder, same, table
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, same, table
 
 _ATTENTION = ("to_query", "to_key", "to_value", "out_layer", "query_norm", "key_norm")
 _KINDS = {"text": ("self",), "visual": ("self", "cross")}  # of blocks, and of attention in them

@@ -1,7 +1,7 @@
 """Krea 2: one stream of blocks with gated attention, and a small transformer that fuses the text encoder's layers."""
 
-from converters.families import text
-from converters.families.base import Encoder, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, renamed, same, table, within
 
 _ATTENTION = {"wq": "to_q", "wk": "to_k", "wv": "to_v", "gate": "to_gate", "wo": "to_out.0"}
 _BLOCK = renamed(

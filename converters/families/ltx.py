@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from converters.families import text
-from converters.families.base import Encoder, Table, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, Table, renamed, same, table, within
 
 # {original: diffusers} of the modulations, which are all embedders of the time
 _VIDEO = {"adaln_single": "time_embed"}

@@ -1,7 +1,7 @@
 """Lumina2 and Z-Image: one stream of blocks, with refiners of the noise and of the caption before it; and the models that were made from either."""
 
-from converters.families import text
-from converters.families.base import Encoder, Rule, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, Rule, renamed, same, table, within
 
 # 24 heads of queries share 8 of keys and values
 _QKV = Rule("attention.qkv", (("attn.to_q", 3), ("attn.to_k", 1), ("attn.to_v", 1)))

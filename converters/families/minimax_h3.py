@@ -1,7 +1,7 @@
 """MiniMax H3: one stack for text, sound and video, and the same again for pictures to go by (`transformer_ref`)."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Encoder, Rule, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Encoder, Rule, renamed, same, table, within
 
 _BLOCK = (
     *same("norm1", "norm2"),

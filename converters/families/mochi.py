@@ -1,7 +1,7 @@
 """Mochi 1: blocks of a visual (x) and a text (y) stream."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Rule, renamed, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Rule, renamed, table, within
 
 _BLOCK = (
     *renamed(

@@ -1,7 +1,7 @@
 """Nucleus-Image, a mixture of experts: the original is written in diffusers' names. The routed experts are no layers, but tensors of all of them."""
 
-from converters.families import text
-from converters.families.base import Encoder, same, table
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, same, table
 
 _ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0", "norm_q", "norm_k"),

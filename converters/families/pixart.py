@@ -1,7 +1,7 @@
 """PixArt and Sana, which has convolutions where PixArt has a feed-forward."""
 
-from converters.families import text
-from converters.families.base import renamed, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import renamed, table, within
 
 _BLOCK = renamed(
     {

@@ -1,7 +1,7 @@
 """PRX: one stream of blocks, with q, k and v of the image in one layer in diffusers too."""
 
-from converters.families import text
-from converters.families.base import Encoder, same, table
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, same, table
 
 _BLOCK = (
     *(

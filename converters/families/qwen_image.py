@@ -1,7 +1,7 @@
 """Qwen-Image: the original is written in diffusers' names. Of Qwen-Image 2.1 too, but that ComfyUI has the two halves of a feed-forward in one layer."""
 
-from converters.families import text
-from converters.families.base import Encoder, renamed, same, table
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Encoder, renamed, same, table
 
 _STREAM = ("mod.1", "mlp.net.0.proj", "mlp.net.2")
 _ATTENTION = (

@@ -1,7 +1,7 @@
 """SD3 and SD3.5: joint blocks of an image and a text stream."""
 
-from converters.families import text
-from converters.families.base import SWAPPED, Rule, renamed, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import SWAPPED, Rule, renamed, table, within
 
 _BLOCK = renamed(
     {

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from converters.families.base import Encoder
+from diffpeft.converters.families.base import Encoder
 
 _CLIP_LAYER = (*(f"self_attn.{p}" for p in ("q_proj", "k_proj", "v_proj", "out_proj")), "mlp.fc1", "mlp.fc2")
 CLIP = (

@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
-from converters.families import text
-from converters.families.base import Rule, renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import Rule, renamed, same, table, within
 
 _BLOCKS = ("down_blocks.{}", "mid_block", "up_blocks.{}")
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")

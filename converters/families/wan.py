@@ -2,8 +2,8 @@
 made of it: ChronoEdit, SkyReels-V2, Helios and Wan Animate 2.
 """
 
-from converters.families import text
-from converters.families.base import renamed, same, table, within
+from diffpeft.converters.families import text
+from diffpeft.converters.families.base import renamed, same, table, within
 
 _ATTENTION = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k"}
 _BLOCK = renamed(

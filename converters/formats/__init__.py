@@ -1,15 +1,15 @@
 """How files spell adapters. One file a format, one line here."""
 
-from converters.formats.base import Answer, Format, KeyParts
-from converters.formats.bfl import BFL
-from converters.formats.comfyui import ComfyUI
-from converters.formats.diffusers import Diffusers
-from converters.formats.diffusers_old import DiffusersOld
-from converters.formats.kohya import Kohya, Wrapper
-from converters.formats.onetrainer import OneTrainer
-from converters.formats.peft import Peft
-from converters.formats.safeloras import SafeLoras
-from converters.formats.xlabs import XLabs
+from diffpeft.converters.formats.base import Answer, Format, KeyParts
+from diffpeft.converters.formats.bfl import BFL
+from diffpeft.converters.formats.comfyui import ComfyUI
+from diffpeft.converters.formats.diffusers import Diffusers
+from diffpeft.converters.formats.diffusers_old import DiffusersOld
+from diffpeft.converters.formats.kohya import Kohya, Wrapper
+from diffpeft.converters.formats.onetrainer import OneTrainer
+from diffpeft.converters.formats.peft import Peft
+from diffpeft.converters.formats.safeloras import SafeLoras
+from diffpeft.converters.formats.xlabs import XLabs
 
 # Where a file could be of several, the first counts.
 FORMATS: dict[str, Format] = {

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Protocol
 
-from converters.families import Table
-from converters.roles import FOREIGN, OLD_OFT
 from diffpeft.bundle import Entry, Handle
+from diffpeft.converters.families import Table
+from diffpeft.converters.roles import FOREIGN, OLD_OFT
 from diffpeft.methods.layout import KNOWN
 
 NO_KEYS: Mapping[str, str] = MappingProxyType({})  # of a format without a place for an adapter's shared tensors

@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from converters.families import TABLES, Table
-from converters.formats.base import KeyParts, dotted_role
-from converters.formats.diffusers import Diffusers
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats.base import KeyParts, dotted_role
+from diffpeft.converters.formats.diffusers import Diffusers
 
 _LAYER = re.compile(r"(?:(?:double|single)_blocks\.\d+|(?:img|txt|time|vector|guidance)_in|final_layer)\b.*")
 _SCALE = re.compile(r"(?P<layer>.+\.norm\.(?:query|key)_norm)\.scale")

@@ -8,10 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from converters.families import COMFYUI, TABLES, Table
-from converters.formats.base import Answer, KeyParts, denoiser, dotted_role
-from converters.formats.kohya import SUFFIXES, Lycoris, of_sd_scripts
 from diffpeft.bundle import Entry
+from diffpeft.converters.families import COMFYUI, TABLES, Table
+from diffpeft.converters.formats.base import Answer, KeyParts, denoiser, dotted_role
+from diffpeft.converters.formats.kohya import SUFFIXES, Lycoris, of_sd_scripts
 
 DENOISER = "diffusion_model."
 # what other components are called that are within the original's denoiser, as Anima's text conditioner is

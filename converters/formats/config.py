@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-from converters.formats.schema import ALPHA as FINITE
-from converters.formats.schema import MAX_RANK, NOTHING, Config, whole
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry
+from diffpeft.converters.formats.schema import ALPHA as FINITE
+from diffpeft.converters.formats.schema import MAX_RANK, NOTHING, Config, whole
 from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.shapes import rank
 
@@ -48,15 +48,22 @@ def turned(entry: Entry, config: Config | None) -> Entry:
 def scales(
     entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]
 ) -> dict[str, object]:
-    """r, alpha and the patterns for layers that differ from most; `names` are the layers' in the patterns. No alpha: alpha = rank."""
+    """r, alpha and the patterns for layers that differ from most; `names` are the layers' in the patterns. No alpha: alpha = rank.
+
+    field: the config's for an alpha; empty if it has none.
+    """
     alphas = {e.layer: float(ranks[e.layer]) if e.alpha is None else io.number(e.alpha) for e in entries}
-    r, most = _commonest([ranks[e.layer] for e in entries]), _commonest(alphas.values())
-    return {
-        "r": r,
-        field: most,
-        "rank_pattern": {f"^{names[e.layer]}": ranks[e.layer] for e in entries if ranks[e.layer] != r},
-        "alpha_pattern": {f"^{names[e.layer]}": alphas[e.layer] for e in entries if alphas[e.layer] != most},
-    }
+    r, by_rank = _with_pattern(ranks, names)
+    alpha, by_alpha = _with_pattern(alphas, names)
+    return {"r": r, "rank_pattern": by_rank, **({field: alpha, "alpha_pattern": by_alpha} if field else {})}
+
+
+def _with_pattern(
+    values: Mapping[str, float | None], names: Mapping[str, str]
+) -> tuple[float | None, dict[str, float | None]]:
+    """What most layers have, and {pattern: value} of the others."""
+    most = _commonest(values[layer] for layer in names)
+    return most, {f"^{name}": values[layer] for layer, name in names.items() if values[layer] != most}
 
 
 def _commonest(values: Iterable[float | None]) -> float | None:

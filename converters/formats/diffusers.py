@@ -11,12 +11,12 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from converters.families import TABLES, Table
-from converters.formats import config as configs
-from converters.formats.base import NO_KEYS, Answer, KeyParts, dotted_role, magnitude_axis, suffix
-from converters.formats.schema import check_fields
 from diffpeft import io, patterns
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats import config as configs
+from diffpeft.converters.formats.base import NO_KEYS, Answer, KeyParts, dotted_role, magnitude_axis, suffix
+from diffpeft.converters.formats.schema import check_fields
 from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError
 from diffpeft.files import Json, config_in
 from diffpeft.methods.layout import LAYOUTS, PRODUCTS

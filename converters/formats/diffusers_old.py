@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from converters.families import TABLES, Table
-from converters.formats.base import KeyParts
-from converters.formats.diffusers import Diffusers
 from diffpeft.bundle import COMPONENTS
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats.base import KeyParts
+from diffpeft.converters.formats.diffusers import Diffusers
 
 _KEY = re.compile(
     r"(?P<attention>.+?)(?:\.processor)?\.(?P<layer>(?:to|add)_\w+)_lora\.(?P<role>(?:down|up)\.weight|alpha)"

@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
-from converters.formats import config as configs
-from converters.formats.base import dotted_role
-from converters.formats.schema import Config
-from converters.formats.wrappers import PEFT as PREFIX
-from converters.formats.wrappers import unwrapped
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, parted
+from diffpeft.converters.formats import config as configs
+from diffpeft.converters.formats.base import dotted_role
+from diffpeft.converters.formats.schema import Config
+from diffpeft.converters.formats.wrappers import PEFT as PREFIX
+from diffpeft.converters.formats.wrappers import unwrapped
 from diffpeft.methods.axes import triangle
 from diffpeft.methods.layout import LAYOUTS, Field, Layout, is_scaled
 
@@ -398,6 +398,14 @@ def on_inputs(entry: Entry) -> bool:
     return bool(entry.options.get("feedforward")) if kernel or rows == columns == 1 else rows == 1
 
 
+class HiraDialect(Dialect):
+    """HiRA, of which PEFT gives the first adapter of a model one rank everywhere, whatever its rank_pattern says: either is meant by a config."""
+
+    def disagreement(self, entry: Entry, config: Config) -> str:
+        one_rank = {**config, "rank_pattern": {}}
+        return super().disagreement(entry, config) and super().disagreement(entry, one_rank)
+
+
 _DIALECTS: dict[str, type[Dialect]] = {
     "lora": LoraDialect,
     "dora": LoraDialect,
@@ -407,6 +415,7 @@ _DIALECTS: dict[str, type[Dialect]] = {
     "oft": OftDialect,
     "boft": BoftDialect,
     "ia3": IA3Dialect,
+    "hira": HiraDialect,
 }
 
 

@@ -11,11 +11,20 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from converters.families import TABLES, Table
-from converters.formats.base import LYCORIS, NO_KEYS, Answer, KeyParts, OneModel, denoiser, dotted_role, magnitude_axis
-from converters.formats.config import turned
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats.base import (
+    LYCORIS,
+    NO_KEYS,
+    Answer,
+    KeyParts,
+    OneModel,
+    denoiser,
+    dotted_role,
+    magnitude_axis,
+)
+from diffpeft.converters.formats.config import turned
 from diffpeft.methods.layout import BIAS, ROLES
 
 KOHYA_OFT = "oft_unet_"

@@ -15,15 +15,15 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from converters.families import TABLES, Table
-from converters.formats.base import Answer, KeyParts, denoiser, dotted_role
-from converters.formats.config import ranks_of
-from converters.formats.fields import blocks_of
-from converters.formats.kohya import TRANSFORMER, UNET, Kohya
-from converters.formats.schema import number
 from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Entry, Handle
-from diffpeft.errors import CheckpointError, listed
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats.base import Answer, KeyParts, denoiser, dotted_role
+from diffpeft.converters.formats.config import ranks_of
+from diffpeft.converters.formats.fields import blocks_of
+from diffpeft.converters.formats.kohya import TRANSFORMER, UNET, Kohya
+from diffpeft.converters.formats.schema import number
+from diffpeft.errors import CheckpointError, CheckpointWarning, listed
 from diffpeft.files import parsed
 from diffpeft.handles import Cast
 from diffpeft.methods.layout import PRODUCTS, ROLES
@@ -105,7 +105,11 @@ class OneTrainer(Kohya):
         """With its rotations as PEFT would have them."""
         rotations = [e for e in entries if "oft_R" in e.tensors]
         if scaled := [e.layer for e in rotations if e.alpha is not None]:
-            warnings.warn(f"the scale of {len(scaled)} rotations went into oft_R: {listed(scaled, 3)}", stacklevel=2)
+            warnings.warn(
+                f"the scale of {len(scaled)} rotations went into oft_R: {listed(scaled, 3)}",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         kinds = {e.layer: _is_convolution(e, entries) for e in rotations}
         if unknown := [layer for layer, kind in kinds.items() if kind is None]:
             raise CheckpointError(

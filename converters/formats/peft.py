@@ -12,17 +12,26 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from converters.families import TABLES, Table
-from converters.formats import attention
-from converters.formats import config as configs
-from converters.formats.base import Answer, KeyParts, OneModel, dotted_role, magnitude_axis, suffix
-from converters.formats.diffusers import peft_magnitude
-from converters.formats.fields import TYPES, Unsayable, dialect_of, fields, is_old_oft, layers_of, names_of, own_name
-from converters.formats.schema import Config, check_fields
-from converters.formats.wrappers import PEFT as PREFIX
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, Handle, parted
-from diffpeft.errors import CheckpointError, ConfigError, UnsafeFileError, listed, shown
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats import attention
+from diffpeft.converters.formats import config as configs
+from diffpeft.converters.formats.base import Answer, KeyParts, OneModel, dotted_role, magnitude_axis, suffix
+from diffpeft.converters.formats.diffusers import peft_magnitude
+from diffpeft.converters.formats.fields import (
+    TYPES,
+    Unsayable,
+    dialect_of,
+    fields,
+    is_old_oft,
+    layers_of,
+    names_of,
+    own_name,
+)
+from diffpeft.converters.formats.schema import Config, check_fields
+from diffpeft.converters.formats.wrappers import PEFT as PREFIX
+from diffpeft.errors import CheckpointError, CheckpointWarning, ConfigError, UnsafeFileError, listed, shown
 from diffpeft.files import config_in
 from diffpeft.methods.layout import LAYOUTS, PRODUCTS
 
@@ -205,7 +214,11 @@ def _check_targets(targets: object, entries: Sequence[Entry]) -> None:
     else:
         outside = []
     if outside:
-        warnings.warn(f"{len(outside)} adapted layers are not among target_modules: {listed(outside, 5)}", stacklevel=2)
+        warnings.warn(
+            f"{len(outside)} adapted layers are not among target_modules: {listed(outside, 5)}",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
 
 def _unconfigured(entries: Sequence[Entry]) -> list[Entry]:

@@ -12,10 +12,10 @@ import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from converters.families import TABLES, Table
-from converters.formats.base import KeyParts
-from converters.formats.diffusers import Diffusers
 from diffpeft.bundle import Entry, dotted, parted
+from diffpeft.converters.families import TABLES, Table
+from diffpeft.converters.formats.base import KeyParts
+from diffpeft.converters.formats.diffusers import Diffusers
 from diffpeft.errors import CheckpointError, listed
 
 _KEY = re.compile(r"(?P<component>unet|text_encoder):(?P<number>\d+):(?P<role>up|down)")

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from converters.families import Table
-from converters.families.base import renamed, table
-from converters.formats.base import NO_KEYS, Answer, KeyParts
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
+from diffpeft.converters.families import Table
+from diffpeft.converters.families.base import renamed, table
+from diffpeft.converters.formats.base import NO_KEYS, Answer, KeyParts
 from diffpeft.methods.shapes import rank
 
 _SINGLE_QKV = "single_blocks.{}.linear1.qkv"

@@ -12,6 +12,8 @@ from diffpeft.cli.bake import bake
 from diffpeft.cli.convert import convert
 from diffpeft.cli.data import data
 from diffpeft.cli.demo import demo
+from diffpeft.cli.diff import diff
+from diffpeft.cli.doctor import doctor
 from diffpeft.cli.edit import edit
 from diffpeft.cli.errors import run
 from diffpeft.cli.extract import extract
@@ -25,6 +27,9 @@ from diffpeft.cli.resize import resize, scale
 from diffpeft.cli.sft import sft
 from diffpeft.cli.slider import slider
 from diffpeft.cli.train import train
+from diffpeft.cli.verify import verify
+
+DEBUG = "Show tracebacks and what libraries print."
 
 
 @click.group(
@@ -34,7 +39,7 @@ from diffpeft.cli.train import train
     }
 )
 @click.version_option(version=__version__, prog_name="diffpeft")
-@click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks and what libraries print.")
+@click.option("--debug", is_flag=True, expose_value=False, help=DEBUG)
 def cli() -> None:
     """Adapters for diffusion models: train them, draw with them.
 
@@ -57,8 +62,11 @@ def cli() -> None:
     diffpeft prune IN OUT --blocks PATTERN     leave blocks or layers out
     diffpeft bake IN OUT --blocks PATTERN=W    put weights by block into it
     diffpeft edit FILE --set KEY=TEXT          change its metadata, trigger words, picture
+    diffpeft diff A B                          say how alike two adapters are, by block
+    diffpeft verify FILE -m MODEL              say whether an adapter fits a model
+    diffpeft doctor                            say what is installed, and what is in the way
 
-    Every command takes --debug.
+    Every command takes --debug. Shells complete commands, options, files and values: docs/completion.md.
     """
 
 
@@ -81,8 +89,21 @@ for command in (
     prune,
     bake,
     edit,
+    diff,
+    verify,
+    doctor,
 ):
     cli.add_command(command)
+
+
+def _with_debug(command: click.Command) -> None:
+    """Give a command, and those below it, the option that `run` takes from anywhere among the arguments."""
+    for inner in getattr(command, "commands", {}).values():
+        inner.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, help=DEBUG))
+        _with_debug(inner)
+
+
+_with_debug(cli)
 
 
 def main() -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import TYPE_CHECKING, Unpack
 
 import click
 
-from diffpeft.cli.options import completed, family_names, overwriting
+if TYPE_CHECKING:
+    from diffpeft.converters.locating import Where
+from diffpeft.cli.completion import completed, family_names
+from diffpeft.cli.options import overwriting, place_options
 
 WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris", "xlabs", "onetrainer")
 
@@ -42,6 +45,7 @@ WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris"
     help="Write embeddings that IN has along as files of their own, too.",
 )
 @overwriting
+@place_options
 def convert(
     source: str,
     out: str,
@@ -52,16 +56,16 @@ def convert(
     allow: str | None,
     embeddings: str | None,
     overwrite: bool,
+    **where: Unpack[Where],
 ) -> None:
     """Write an adapter file in another format.
 
     Example: diffpeft convert style.safetensors style-comfyui.safetensors --to comfyui
     """
-    import converters
+    from diffpeft import converters
     from diffpeft.cli.errors import naming
-    from diffpeft.pipeline.locate import located
 
-    path = source if Path(source).is_dir() else located(source)
+    path = converters.located(source, **where)
     with naming(out):
         report = converters.convert(
             path, out, to=to, family=family, format=format_, dtype=dtype, allow=allow, overwrite=overwrite

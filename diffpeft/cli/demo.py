@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from diffpeft.cli.options import completed, overwriting
+from diffpeft.cli.completion import completed
+from diffpeft.cli.options import overwriting
 from diffpeft.train.method import ADAPTERS
 
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import click
 
+from diffpeft.cli.completion import completed, family_names
 from diffpeft.cli.convert import WRITTEN
 from diffpeft.cli.merge import show_errors
-from diffpeft.cli.options import completed, family_names, overwriting
+from diffpeft.cli.options import overwriting
 
 
 @click.command()

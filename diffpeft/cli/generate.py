@@ -55,7 +55,9 @@ def weighted(text: str) -> tuple[str, float]:
     type=click.Path(),
     help="A diffusers folder, a single .safetensors file (with --base), or a Hub id. Default: the embedded base.",
 )
-@click.option("--base", help="The folder or Hub id with the configs and the tokenizer of a single-file model.")
+@click.option(
+    "--base", type=click.Path(), help="The folder or Hub id with the configs and the tokenizer of a single-file model."
+)
 @click.option("-p", "--prompt", required=True, help="What to draw; may name adapters: <lora:style:0.8>.")
 @click.option("--negative", help="What not to draw.")
 @click.option(
@@ -118,15 +120,14 @@ def generate(**asked: Unpack[Asked]) -> None:
 
 def _adapters(asked: Asked) -> tuple[str, Files]:
     """The prompt without its tags, and the adapters' files. Their headers are read: a bad file is told before the model loads."""
-    import converters
-    from diffpeft.pipeline.locate import located
+    from diffpeft import converters
     from diffpeft.pipeline.open import check_model
     from diffpeft.pipeline.prompt import parsed, resolved
 
     prompt, tags = parsed(asked["prompt"])
     wanted = resolved([weighted(text) for text in asked["loras"]], tags, Path(asked["lora_dir"]))
     check_model(asked["model"], asked["base"])
-    files = [(located(file), strength) for file, strength in wanted]
+    files = [(converters.located(file), strength) for file, strength in wanted]
     for file, _ in files:
         converters.read(file, names={})  # the model tells the family where names do not
     return prompt, files

@@ -21,7 +21,11 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "data",
         "instance_prompt",
         "trigger",
+        "control",
         "resolution",
+        "frames",
+        "fps",
+        "extract",
         "buckets",
         "crop",
         "flip",
@@ -36,6 +40,11 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "class_data",
         "num_class_images",
         "prior_weight",
+        "prior",
+        "prior_prompts",
+        "cache",
+        "cache_dir",
+        "cache_limit",
     ),
     "Concept": ("target", "positive", "negative", "erase", "preserve", "guidance", "draw_steps"),
     "Adapter": (
@@ -45,6 +54,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
         "rank_pattern",
         "dropout",
         "targets",
+        "experts",
         "train_text_encoder",
         "init_from",
         "allow_unchanged",
@@ -118,7 +128,7 @@ GROUPS = {  # {heading: options}; those that are in none stand last
     "Before a run": ("print_config", "dry_run", "as_json"),
 }
 OTHERS = "Other options"
-_HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}
+HEADINGS = {name: heading for heading, names in GROUPS.items() for name in names}
 
 
 class Grouped(click.Command):
@@ -127,11 +137,11 @@ class Grouped(click.Command):
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         """Write them, each heading's in the order of its list."""
         rows: dict[str, list[tuple[str, str]]] = {heading: [] for heading in (*GROUPS, OTHERS)}
-        order = list(_HEADINGS)
+        order = list(HEADINGS)
         names = {p.name: p for p in self.get_params(ctx)}
         for name in sorted(names, key=lambda name: order.index(name) if name in order else len(order)):
             if (record := names[name].get_help_record(ctx)) is not None:
-                rows[_HEADINGS.get(name or "", OTHERS)].append(record)
+                rows[HEADINGS.get(name or "", OTHERS)].append(record)
         for heading, records in rows.items():
             if records:
                 with formatter.section(heading):

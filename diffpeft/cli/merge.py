@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import click
 
+from diffpeft.cli.completion import completed, family_names
 from diffpeft.cli.convert import WRITTEN
 from diffpeft.cli.generate import weighted
-from diffpeft.cli.options import completed, family_names, overwriting
+from diffpeft.cli.options import overwriting
 
 HOW = (
     "cat",

@@ -9,17 +9,16 @@ from typing import Any, Generic
 
 import click
 
+from diffpeft.cli.completion import completions
 from diffpeft.errors import ConfigError, UnknownNameError, near, shown
 from diffpeft.files import Json
 from diffpeft.train.checkpoints import LATEST
 from diffpeft.train.config import PATHS, AnyOptions, Options
 from diffpeft.train.config_files import Said, data_pairs, said_by, said_in
-from diffpeft.train.method import CONFIGS
-from diffpeft.train.optimizers import OPTIMIZERS
 from diffpeft.train.origins import COMMAND, RESUMED
 from diffpeft.train.other_names import hint, words
 from diffpeft.train.resume import remembered
-from diffpeft.train.translate import key_of
+from diffpeft.train.translation import key_of
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
 _TYPES = {"int": int, "float": float, "str": str}
@@ -40,16 +39,20 @@ class Numbers(click.ParamType):
         return numbers if len(numbers) > 1 else numbers[0]
 
 
-def completed(words: Collection[str]) -> Callable[..., list[str]]:
-    """What a shell completes to one of these words."""
-    return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
+_PLACE = {  # what `converters.located` is told beside a source
+    "filename": (("--filename", "--weight-name"), str, "The file of a folder or a repository that holds several."),
+    "subfolder": (("--subfolder",), str, "The folder of a repository that it is in."),
+    "revision": (("--revision",), str, "The branch, tag or commit of a repository on the Hub."),
+    "token": (("--token",), str, "For a private or gated repository. Default: that of `hf auth login`."),
+    "cache_dir": (("--cache-dir",), click.Path(file_okay=False), "Where to keep what is fetched from the Hub."),
+}
 
 
-def family_names(ctx: click.Context, param: click.Parameter, begun: str) -> list[str]:
-    """What a shell completes to a family."""
-    import converters
-
-    return [name for name in converters.TABLES if name.startswith(begun)]
+def place_options(command: Command) -> Command:
+    """The options of a command that reads one adapter: which file it is, and how the Hub is reached."""
+    for name, (flags, kind, help_) in reversed(_PLACE.items()):
+        command = click.option(*flags, name, type=kind, help=help_)(command)
+    return command
 
 
 def overwriting(command: Command) -> Command:
@@ -57,7 +60,7 @@ def overwriting(command: Command) -> Command:
     return click.option("--overwrite", is_flag=True, help="Replace the output if it is there already.")(command)
 
 
-_COMPLETE = {"method": completed(list(CONFIGS)), "optimizer": completed(list(OPTIMIZERS))}
+_FILES = {"base", "resume", "control", "base_lora", "training_adapter"}  # may be files, folders or something else
 
 
 def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
@@ -77,7 +80,7 @@ def options_of(kind: type[Options], only: Collection[str] | None = None) -> Call
     """One option a field, or a field of `only`. Defaults stay None here, so that what was typed can be told from what was not."""
 
     def add(command: Command) -> Command:
-        names_ = kind.names() if only is None else only
+        names_, words_ = kind.names() if only is None else only, completions(kind)
         for f in reversed([f for f in fields(kind) if f.name in names_]):
             flag, meta, type_ = "--" + f.name.replace("_", "-"), f.metadata, _type_of(f)
             names = [n for n in (_SHORT.get(f.name), flag if type_ else f"{flag}/--no-{flag[2:]}") if n]
@@ -90,7 +93,7 @@ def options_of(kind: type[Options], only: Collection[str] | None = None) -> Call
                 default=None,
                 multiple=meta["several"] == "repeated",
                 help=meta["help"] + shown,
-                shell_complete=_COMPLETE.get(f.name),
+                shell_complete=words_.get(f.name),
                 **alone,
             )(command)
         return command
@@ -105,7 +108,7 @@ def _type_of(option: Field[object]) -> click.ParamType | type | None:
         return None
     if option.metadata["choices"]:
         return click.Choice(option.metadata["choices"])
-    if option.name in PATHS:
+    if option.name in PATHS | _FILES:
         return click.Path()
     return Numbers() if option.metadata["several"] == "commas" else _TYPES[kind]
 

@@ -9,7 +9,8 @@ import click
 
 from diffpeft.cli.groups import Grouped
 from diffpeft.train.other_names import TABLE
-from diffpeft.train.translate import is_alias, key_of
+from diffpeft.train.translate import is_alias
+from diffpeft.train.translation import key_of
 
 PASTED = "diffpeft.pasted"  # where the context has them: [(option, value)]
 _FILES = ("config_file", "dataset_config")  # options of sd-scripts that name files of options

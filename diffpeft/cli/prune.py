@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import click
 
-from diffpeft.cli.options import family_names, overwriting
+from diffpeft.cli.completion import family_names
+from diffpeft.cli.options import overwriting
 
 
 @click.command()

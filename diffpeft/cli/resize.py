@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import click
 
 from diffpeft.cli.columns import columns, sized
-from diffpeft.cli.options import family_names, overwriting
+from diffpeft.cli.completion import family_names
+from diffpeft.cli.options import overwriting
 
 if TYPE_CHECKING:
     from diffpeft.tools.resizing import ResizeReport

@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
-from converters.families import TABLES
+from diffpeft.converters.detection import UNETS
+from diffpeft.converters.families import TABLES
 from diffpeft.errors import WrongBaseError
 from diffpeft.families.auraflow import AuraFlow
 from diffpeft.families.base import USUAL, CaptionReading, Conditions, Family, Frame, Noised
 from diffpeft.families.chroma import Chroma
 from diffpeft.families.cogvideox import CogVideoX, CogVideoXImageToVideo
 from diffpeft.families.cogview4 import CogView4
+from diffpeft.families.cosmos import Cosmos, Cosmos25, CosmosImageToVideo
 from diffpeft.families.easyanimate import EasyAnimate
 from diffpeft.families.ernie_image import ErnieImage
-from diffpeft.families.flux import Flux, FluxControl, FluxKontext
+from diffpeft.families.flux import Flux, FluxControl, FluxFill, FluxKontext
 from diffpeft.families.flux2 import Flux2
 from diffpeft.families.followed import FOLLOWED
 from diffpeft.families.generic import Generic
 from diffpeft.families.hidream import HiDream
-from diffpeft.families.hunyuan_video import HunyuanVideo
+from diffpeft.families.hunyuan_video import HunyuanVideo, SkyReelsImageToVideo
 from diffpeft.families.hunyuan_video15 import HunyuanVideo15, HunyuanVideo15ImageToVideo
 from diffpeft.families.ideogram4 import Ideogram4
-from diffpeft.families.kandinsky5_video import Kandinsky5Video
+from diffpeft.families.kandinsky5_edit import Kandinsky5Edit
+from diffpeft.families.kandinsky5_video import Kandinsky5ImageToVideo, Kandinsky5Video
 from diffpeft.families.krea2 import Krea2
+from diffpeft.families.longcat_image_edit import LongCatImageEdit
 from diffpeft.families.ltx import LTX, LTXImageToVideo
 from diffpeft.families.ltx2 import LTX2, LTX2ImageToVideo
 from diffpeft.families.lumina2 import Lumina2
@@ -31,11 +35,11 @@ from diffpeft.families.parts import Configs, Parts
 from diffpeft.families.pixart import PixArt
 from diffpeft.families.qwen_image import QwenImage, QwenImageEdit, QwenImageEditPlus
 from diffpeft.families.sana import Sana
-from diffpeft.families.sana_video import SanaVideo
+from diffpeft.families.sana_video import SanaImageToVideo, SanaVideo
 from diffpeft.families.sd import StableDiffusion, StableDiffusion2
 from diffpeft.families.sd3 import StableDiffusion3
 from diffpeft.families.sdxl import StableDiffusionXL
-from diffpeft.families.skyreels_v2 import SkyReelsV2
+from diffpeft.families.skyreels_v2 import SkyReelsV2, SkyReelsV2ImageToVideo
 from diffpeft.families.wan import Wan, WanImageToVideo
 from diffpeft.families.z_image import ZImage
 
@@ -46,11 +50,14 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "flux": Flux,
     "flux_kontext": FluxKontext,
     "flux_control": FluxControl,
+    "flux_fill": FluxFill,
     "flux2": Flux2,
     "z_image": ZImage,
     "qwen_image": QwenImage,
     "qwen_image_edit": QwenImageEdit,
     "qwen_image_edit_plus": QwenImageEditPlus,
+    "longcat_image_edit": LongCatImageEdit,
+    "kandinsky5_edit": Kandinsky5Edit,
     "chroma": Chroma,
     "sd3": StableDiffusion3,
     "lumina2": Lumina2,
@@ -62,6 +69,9 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "krea2": Krea2,
     "ideogram4": Ideogram4,
     "ernie_image": ErnieImage,
+    "cosmos": Cosmos,
+    "cosmos_i2v": CosmosImageToVideo,
+    "cosmos25": Cosmos25,
     "wan": Wan,
     "wan_i2v": WanImageToVideo,
     "ltx_i2v": LTXImageToVideo,
@@ -77,6 +87,10 @@ FAMILIES: dict[str, type[Family]] = {  # those that can be trained
     "sana_video": SanaVideo,
     "kandinsky5_video": Kandinsky5Video,
     "skyreels_v2": SkyReelsV2,
+    "skyreels_v2_i2v": SkyReelsV2ImageToVideo,
+    "skyreels_v1_i2v": SkyReelsImageToVideo,
+    "sana_video_i2v": SanaImageToVideo,
+    "kandinsky5_i2v": Kandinsky5ImageToVideo,
     "easyanimate": EasyAnimate,
     **FOLLOWED,
     (_OTHERS := "generic"): Generic,  # what has no family of its own
@@ -139,7 +153,6 @@ _PIPELINES: dict[str, str | None] = {
     "StableDiffusion": "sd15",  # and sd2, which a width tells
     "Flux3": "flux3",
     "HunyuanVideoFramepack": "framepack",
-    "SanaImageToVideo": "sana_video",
     "SanaWM": None,
     "WanAnimate2": "wan_animate2",
     "Kandinsky5": "kandinsky5",
@@ -152,10 +165,14 @@ _PIPELINES: dict[str, str | None] = {
     "Anima": "cosmos",
     "GlmImage": "glm_image",
 }
-_NAMED_AS = {"kolors": "sdxl", "kandinsky5_video": "kandinsky5"}  # {family: the one that has its layer names}
+_NAMED_AS = {
+    "kolors": "sdxl",
+    "kandinsky5_video": "kandinsky5",
+    "kandinsky5_edit": "kandinsky5",
+    "longcat_image_edit": "longcat_image",
+}  # {family: the one that has its layer names}
 # the cross-attention widths that tell families with one class apart: {the class's family: {width: family}}
-_UNETS = {768: "sd15", 1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}
-_WIDTHS = {"sd15": {1024: "sd2", 2048: "sdxl", 1280: "sdxl_refiner"}, "sdxl": {1280: "sdxl_refiner"}}
+_WIDTHS = {"sd15": UNETS, "sdxl": {width: family for width, family in UNETS.items() if family == "sdxl_refiner"}}
 
 
 def family_of(target: object) -> str | None:
@@ -167,7 +184,7 @@ def family_of(target: object) -> str | None:
     width = getattr(getattr(denoiser, "config", None), "cross_attention_dim", None)
     if denoiser is None or (family == "sd15" and isinstance(getattr(target, "components", None), Mapping)):
         by_name = _by_name(base.__name__ for base in type(target).__mro__)
-        family = by_name if denoiser is None or width not in _UNETS else by_name or _UNETS[width]
+        family = by_name if denoiser is None or width not in UNETS else by_name or UNETS[width]
     family = _by_width(family, width)
     return named_as(family) if family else None
 
@@ -235,13 +252,27 @@ def _by_configs(pipeline: str, configs: Configs, where: object) -> str:
         return _OTHERS
     family = named if named in ids else next((id for id in ids if is_of(id, [named])), None)
     if family is None:
-        pipelines = _names(cls.pipelines for cls in FAMILIES.values())
-        raise WrongBaseError(
-            f"a {pipeline}{f' with the text width of {named}' if ids else ''} cannot be trained",
-            where=where,
-            remedy=f"The families that can are {', '.join(FAMILIES)}: a {' or a '.join(pipelines)}.",
-        )
+        raise _refusal(pipeline, ids, named, where)
     return family
+
+
+def _refusal(pipeline: str, ids: Collection[str], named: str | None, where: object) -> WrongBaseError:
+    """The error of a pipeline of a known kind of model that is not trained: `ids` are the families of its class, whose text width is that of `named`."""
+    if ids:
+        return WrongBaseError(
+            f"a {pipeline} with the text width of {named} cannot be trained",
+            where=where,
+            remedy=f"Those of {', '.join(ids)} can: pass the base model.",
+        )
+    tables = {named_as(family) for family in (_by_name([pipeline]), named) if family}
+    kin = [id for id in FAMILIES if named_as(id) in tables]
+    pipelines = _names(FAMILIES[id].pipelines for id in kin)
+    return WrongBaseError(
+        f"a {pipeline} cannot be trained: it is for another task than those that models of its kind are trained for",
+        where=where,
+        remedy=f"Pass the folder or the Hub id of a {' or a '.join(pipelines)} of this kind ({', '.join(kin)}). "
+        "docs/families.md lists what is trained.",
+    )
 
 
 def is_of(family: str, others: Iterable[str | None]) -> bool:
@@ -255,7 +286,8 @@ def named_as(family: str) -> str | None:
     family = _NAMED_AS.get(family, family)
     if family in TABLES or family not in FAMILIES:
         return family if family in TABLES else None  # some are known by their pipeline's name alone
-    return next((table for table in TABLES if is_of(family, [table])), None)
+    ids = {kind: _NAMED_AS.get(name, name) for name, kind in FAMILIES.items()}
+    return next((ids[base] for base in FAMILIES[family].__mro__ if ids.get(base) in TABLES), None)
 
 
 def _names(groups: Iterable[Iterable[str]]) -> list[str]:

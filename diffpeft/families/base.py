@@ -107,6 +107,9 @@ class Family(Protocol):
     boundary: (
         float | None
     )  # the share of noise from which on the first of two denoisers is asked, and below it the second
+    only: (
+        str | None
+    )  # the denoiser that all times are of, where that is known: times are on the device, and reading them waits for it
     text_encoders: tuple[str, ...]  # in the order in which `embed` is asked
     adaptable: tuple[str, ...]  # those of them that an adapter is trained on
     presets: Mapping[

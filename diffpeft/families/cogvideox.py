@@ -11,7 +11,7 @@ from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families.base import CaptionReading, Conditions, Levels, Prompted, Sizes
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.dit import ClipTransformer, in_blocks
-from diffpeft.families.frames import first_of
+from diffpeft.families.frames import alone, first_of
 from diffpeft.families.latents import moments
 
 if TYPE_CHECKING:
@@ -135,14 +135,11 @@ class CogVideoXImageToVideo(CogVideoX):
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """The first frame's latents with zeros behind, scaled as the model was trained."""
-        import torch
-
         frame, count = first_of(pixels)
         vae, frames = self.parts("vae"), self.frames_of(count)
         scale = vae.config.scaling_factor
         known = moments(vae, frame)[0] * (1 / scale if vae.config.invert_scale_latents else scale)
-        blank = known.new_zeros(*known.shape[:2], frames + self._lacking(frames) - 1, *known.shape[3:])
-        return {"known": torch.cat([known, blank], dim=2)}
+        return {"known": alone(known, frames + self._lacking(frames))}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """v or epsilon. Some models read a number beside the time that is always the same."""

@@ -23,8 +23,16 @@ def in_order(conditions: Conditions) -> list[Tensor]:
     return [conditions[name] for name in names if name in conditions]
 
 
+def luma(pixels: Tensor) -> Tensor:
+    """How bright pixels [b, 3, *size] are [b, 1, *size]."""
+    weights = pixels.new_tensor([0.299, 0.587, 0.114])
+    return (pixels * weights.view(-1, *(1,) * (pixels.ndim - 2))).sum(1, keepdim=True)
+
+
 def drawn(pixels: Tensor) -> Image:
-    """Pixels [3, h, w] in [-1, 1] as a picture of 8 bits."""
+    """Pixels [3, h, w] in [-1, 1] as a picture of 8 bits; of those without numbers one of their size."""
     from PIL import Image
 
+    if pixels.is_meta:
+        return Image.new("RGB", (pixels.shape[-1], pixels.shape[-2]))
     return Image.fromarray(((pixels + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy())

@@ -9,14 +9,17 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
+from diffpeft.families.controls import drawn
+from diffpeft.families.defaults import Defaults
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
+from diffpeft.families.frames import first_of, uncounted
 from diffpeft.families.latents import encoded, factor, precise, temporal_factor
 from diffpeft.families.prompts import length_within, stacked
-from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
     from torch import Tensor
 
     from diffpeft.families.parts import Component, Configs, Parts
@@ -29,7 +32,12 @@ def in_blocks(blocks: str, attention: str, mlp: str) -> Mapping[str, str]:
     )
 
 
-class Transformer(Uncontrolled):
+def in_last_block(config: Mapping[str, int], layers: str) -> str:
+    """The regular expression for layers of the last block: of the stream of texts, which ends there, nothing is read."""
+    return rf"transformer_blocks\.{config['num_layers'] - 1}\.({layers})"
+
+
+class Transformer(Defaults):
     """The training side of a pipeline of this kind. It asks the pipeline itself for its conditions: templates, masks and lengths are the pipeline's."""
 
     name = ""  # in messages
@@ -106,10 +114,14 @@ class Transformer(Uncontrolled):
         return torch.cat(answers)[torch.cat([*rows_of.values()]).argsort()]
 
     def _rows(self, t: Tensor) -> dict[str, Tensor]:
-        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several this waits for the times; without numbers it is the first."""
+        """{denoiser: the rows of times [b] that it is asked for}, on the host. Of several, if it is not `only` one, this waits for the times; without numbers
+        it is the first.
+        """
         import torch
 
         every = torch.arange(len(t))
+        if self.only is not None:
+            return {self.only: every}
         if self.boundary is None or t.is_meta:
             return {self.denoiser: every}
         noisy = (t >= self.boundary).cpu()
@@ -131,6 +143,29 @@ class Transformer(Uncontrolled):
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As the pipeline takes prompts."""
+        raise NotImplementedError
+
+
+class Looking(Transformer):
+    """One whose first text encoder looks at the control images beside a prompt."""
+
+    looking: tuple[str, ...] = ("text_encoder",)
+
+    def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:
+        """The conditions of prompts, each of which is read by itself with its control images; without any beside a black one."""
+        import torch
+        from PIL import Image as pictures
+
+        model, black = self.parts(encoder), [pictures.new("RGB", (self.resolution, self.resolution))]
+        with torch.no_grad():
+            rows = [
+                self.seen(encoder, prompt, [drawn(image[row]) for image in images] or black, model.device)
+                for row, prompt in enumerate(prompts)
+            ]
+        return stacked(rows)
+
+    def seen(self, encoder: str, prompt: str, images: Sequence[Image], device: torch.device) -> Conditions:
+        """What a text encoder makes of one prompt beside its control images, without the batch's axis."""
         raise NotImplementedError
 
 
@@ -156,6 +191,20 @@ class ClipTransformer(Transformer):
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, (f,) h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, (f - 1) / t + 1, h / s, w / s]."""
         return encoded(self.parts("vae"), pixels.unsqueeze(2) if pixels.ndim == 4 else pixels)
+
+
+class FirstInPlace(ClipTransformer):
+    """One that is shown the first frame of a clip in its place, where nothing is predicted. Of a single image nothing is known, which nothing is before."""
+
+    first_frame = True
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The mean of the first frame's latents."""
+        opening, count = first_of(pixels)
+        if count == 1:
+            return {}
+        known, _ = encoded(self.parts("vae"), opening)
+        return {"first": known, "counts": uncounted(self.frames_of(count), known)}
 
 
 def unfilled(conditions: Conditions, name: str = "text") -> list[Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted, Sizes
-from diffpeft.families.dit import ClipTransformer, in_blocks, masked_prompts
+from diffpeft.families.dit import ClipTransformer, in_blocks, in_last_block, masked_prompts
 from diffpeft.families.flow import Flow
 
 if TYPE_CHECKING:
@@ -35,9 +35,8 @@ class EasyAnimate(ClipTransformer):
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
-        last = parts.configs[self.denoiser]["num_layers"] - 1
         self.unread = {
-            self.denoiser: rf"transformer_blocks\.{last}\.(attn1\.(add_q_proj|to_add_out)|txt_ff\..*)"  # of texts
+            self.denoiser: in_last_block(parts.configs[self.denoiser], r"attn1\.(add_q_proj|to_add_out)|txt_ff\..*")
         }
 
     @classmethod

@@ -3,7 +3,7 @@
 Its dev model was distilled to be told a guidance. Training tells it 1: no guidance.
 
 Kontext reads the latents of a picture to edit as further tokens, in a place of their own. The control models (depth, canny) read those of a picture that lies
-over the one that is drawn, in the channels of the same tokens.
+over the one that is drawn, in the channels of the same tokens. Fill reads a picture with a hole and the mask of it in these channels.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Prompted, Sizes
-from diffpeft.families.controls import in_order, numbered
+from diffpeft.families.controls import in_order, luma, numbered
+from diffpeft.families.defaults import Defaults
 from diffpeft.families.devices import sent
 from diffpeft.families.flow import Flow
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.patches import PATCH, packed, places, unpacked
 from diffpeft.families.prompts import refuse_skip, tokens
-from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from diffpeft.families.parts import Configs, Parts
 
+_MASK = 64  # pixels of a mask to one of latents
 _RESOLUTION = 1024  # no config says it
 _TOKENS = 512  # of T5
 # layers in the blocks of both kinds: of images and texts side by side, and of both in one
@@ -39,7 +40,7 @@ _MLP = r"ff(_context)?\.net\.(0\.proj|2)|proj_mlp|proj_out"
 _GUIDANCE = {"cfg": "true_cfg_scale", "guidance": "guidance_scale"}
 
 
-class Flux(Uncontrolled):
+class Flux(Defaults):
     """The training side of a FluxPipeline."""
 
     pipelines: tuple[str, ...] = ("FluxPipeline",)
@@ -181,3 +182,33 @@ class FluxControl(Flux):
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
         """The control image."""
         return {"control_image": images[0]}
+
+
+class FluxFill(FluxControl):
+    """The training side of a FluxFillPipeline. The first control image is the picture, and the second says by white what is to be filled in."""
+
+    pipelines: tuple[str, ...] = ("FluxFillPipeline",)
+    controls: tuple[int, int] = (2, 2)
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        self.architecture = "flux-1-fill-dev"
+        self.pixels = factor(parts.configs["vae"]) or 1
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Those of a patch of the picture, of the one with a hole, and the pixels of the mask, of 8 x 8 to a pixel of latents."""
+        return super().channels(latent) + Flux.channels(_MASK)
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The mean of the latents of the picture with a hole, and the mask with its pixels as channels."""
+        import torch
+
+        picture, mask = controls
+        hole = (luma(mask) >= 0).to(picture)
+        known, _ = self.encode(picture * (1 - hole))
+        return numbered([known, torch.nn.functional.pixel_unshuffle(hole, self.pixels).to(known)])
+
+    def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
+        """Both."""
+        return {"image": images[0], "mask_image": images[1]}

@@ -102,11 +102,11 @@ class Kandinsky5(Followed):
     base_version = "kandinsky5"
 
     def __init__(self, parts: Parts, reading: CaptionReading):
-        parts.pipe.resolutions = _Everything()  # it has seven, and draws others in the nearest
+        parts.pipe.resolutions = Everything()  # it has seven, and draws others in the nearest
         super().__init__(parts, reading)
 
 
-class _Everything(tuple[object, ...]):
+class Everything(tuple[object, ...]):
     """Whatever is asked for is in it."""
 
     def __contains__(self, value: object) -> bool:

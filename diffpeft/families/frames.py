@@ -33,6 +33,13 @@ def started(x: Tensor, opening: Tensor, time: Tensor, patch: int = 1) -> tuple[T
     return torch.cat([opening, x[:, :, 1:]], 2), times
 
 
+def alone(opening: Tensor, frames: int) -> Tensor:
+    """The latents of a first frame [b, c, 1, h, w] with zeros behind: [b, c, f, h, w]."""
+    import torch
+
+    return torch.cat([opening, opening.new_zeros(*opening.shape[:2], frames - 1, *opening.shape[3:])], dim=2)
+
+
 def uncounted(frames: int, known: Tensor) -> Tensor:
     """Which frames of latents are predicted [b, 1, f, 1, 1]: all but the first."""
     counts = known.new_ones(len(known), 1, frames, 1, 1)

@@ -59,7 +59,12 @@ class HiDream(Transformer):
         return {"llama": states.transpose(0, 1).contiguous()}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
-        """Time is a thousand times the share of noise, and the sign is the other way round."""
+        """Time is a thousand times the share of noise, and the sign is the other way round. Experts that are chosen hand gradients on in training alone."""
+        import torch
+
+        for module in model.modules() if torch.is_grad_enabled() else ():
+            if hasattr(module, "moe_infer"):
+                module.training = True  # its own: no module in it drops anything
         texts = {f"encoder_hidden_states_{name}": states for name, states in _texts(read).items()}
         answer = model(hidden_states=x, timesteps=1000 * t, pooled_embeds=_pooled(read), **texts, return_dict=False)[0]
         return -answer

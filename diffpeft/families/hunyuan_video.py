@@ -1,10 +1,10 @@
-"""HunyuanVideo (Tencent 2024, arXiv:2412.03603), text to video, on single frames: clips [b, c, f, h, w], Llama's hidden states after those of the template, and
+"""HunyuanVideo (Tencent 2024, arXiv:2412.03603), text to video: clips [b, c, f, h, w], Llama's hidden states after those of the template, and
 what CLIP pools. It was distilled to be told a guidance. Training tells it 1: no guidance.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,8 @@ from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import ClipTransformer, masked_prompts
 from diffpeft.families.flux import Flux
+from diffpeft.families.frames import alone, first_of
+from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
     import torch
@@ -46,6 +48,10 @@ class HunyuanVideo(ClipTransformer):
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """Time and guidance are a thousand times the share of noise and 1."""
+        return self.answer(model, x, t, read)
+
+    def answer(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """What the transformer says of what it reads [b, c, f, h, w]."""
         return model(
             hidden_states=x,
             timestep=1000 * t,
@@ -64,3 +70,30 @@ class HunyuanVideo(ClipTransformer):
             "num_frames": 1,
         }
         return {name: value for name, value in read.items() if not (blank and name.startswith("negative"))}
+
+
+class SkyReelsImageToVideo(HunyuanVideo):
+    """The training side of a HunyuanSkyreelsImageToVideoPipeline (SkyReels-V1, Skywork 2025), which reads the first frame of a clip in channels of its own."""
+
+    name = "SkyReels-V1"
+    pipelines: tuple[str, ...] = ("HunyuanSkyreelsImageToVideoPipeline",)
+    first_frame = True
+    architecture = "skyreels-v1-i2v"
+    base_version = "skyreels_v1"
+
+    @classmethod
+    def channels(cls, latent: int) -> int:
+        """Latents, and those of the first frame."""
+        return 2 * latent
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The first frame's latents with zeros behind."""
+        opening, count = first_of(pixels)
+        known, _ = encoded(self.parts("vae"), opening)
+        return {"known": alone(known, self.frames_of(count))}
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """Those of the first frame follow in the channels."""
+        import torch
+
+        return self.answer(model, torch.cat([x, read["known"]], dim=1), t, read)

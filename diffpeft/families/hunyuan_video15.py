@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import ClipTransformer, counted, in_blocks
-from diffpeft.families.frames import first_of, images_of
+from diffpeft.families.dit import ClipTransformer, counted, in_blocks, in_last_block
+from diffpeft.families.frames import alone, first_of, images_of
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,7 @@ class HunyuanVideo15(ClipTransformer):
         r"attn\.(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out)",
         r"ff(_context)?\.net\.(0\.proj|2)",
     )
+    idle = "image_embedder|context_embedder_2"  # few captions have a word in quotation marks
     patch = 1
     side = 640  # about the area of 480 x 848
     tokens = most_tokens = 1000
@@ -38,11 +39,8 @@ class HunyuanVideo15(ClipTransformer):
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
-        last = parts.configs[self.denoiser]["num_layers"] - 1
-        stream = rf"transformer_blocks\.{last}\.(attn\.(add_q_proj|to_add_out)|ff_context\..*)"  # of texts
-        self.unread = {
-            self.denoiser: rf"{stream}|(image_embedder|context_embedder_2)\..*"
-        }  # few captions have a word in quotation marks
+        stream = in_last_block(parts.configs[self.denoiser], r"attn\.(add_q_proj|to_add_out)|ff_context\..*")
+        self.unread = {self.denoiser: rf"{stream}|({self.idle})\..*"}
 
     @classmethod
     def channels(cls, latent: int) -> int:
@@ -124,11 +122,8 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
     pipelines: tuple[str, ...] = ("HunyuanVideo15ImageToVideoPipeline",)
     first_frame = True
     viewers: tuple[str, ...] = ("vae", "image_encoder")
+    idle = "context_embedder_2"
     architecture = "hunyuan-video-1.5-i2v"
-
-    def __init__(self, parts: Parts, reading: CaptionReading):
-        super().__init__(parts, reading)
-        self.unread = {name: layers.replace("image_embedder|", "") for name, layers in self.unread.items()}
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
         """The first frame's latents with zeros behind, and what SigLIP sees of it."""
@@ -136,13 +131,12 @@ class HunyuanVideo15ImageToVideo(HunyuanVideo15):
 
         frame, count = first_of(pixels)
         latents, _ = self.encode(frame)
-        blank = latents.new_zeros(*latents.shape[:2], self.frames_of(count) - 1, *latents.shape[3:])
         model, pipe = self.parts("image_encoder"), self.pipe
         with torch.no_grad():
             seen = [
                 pipe._get_image_embeds(model, pipe.feature_extractor, image, model.device) for image in images_of(frame)
             ]
-        return {"known": torch.cat([latents, blank], dim=2), "image": torch.cat(seen)}
+        return {"known": alone(latents, self.frames_of(count)), "image": torch.cat(seen)}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """The mask is of the first frame."""

@@ -1,21 +1,23 @@
-"""Kandinsky 5 (Kandinsky Lab 2025, arXiv:2511.14993), text to video: clips with channels last, Qwen2.5-VL's hidden states after those of the template, and what
-CLIP pools. It reads no mask: examples whose texts have other lengths are asked for apart.
+"""Kandinsky 5 (Kandinsky Lab 2025, arXiv:2511.14993), to video from a text or an image: clips with channels last, Qwen2.5-VL's hidden states after those of the
+template, and what CLIP pools. It reads no mask: examples whose texts have other lengths are asked for apart.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from diffpeft.families.base import Conditions, Prompted, Sizes
-from diffpeft.families.dit import ClipTransformer, in_blocks
+from diffpeft.families.base import CaptionReading, Conditions, Prompted, Sizes
+from diffpeft.families.dit import ClipTransformer, FirstInPlace, in_blocks
 from diffpeft.families.prompts import by_length
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from diffpeft.families.parts import Component, Configs
+    from diffpeft.families.parts import Component, Configs, Parts
 
+_EVENED = 4  # frames of latents, which the pipeline evens out by those behind
 _SQUARE = 8  # tokens, the side of what sparse attention chooses
 
 
@@ -54,29 +56,20 @@ class Kandinsky5Video(ClipTransformer):
         return {"text": texts[0], "length": torch.tensor(texts.shape[1])}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
-        """Time is a thousand times the share of noise; beside the latents there are zeros, where other tasks have a first frame and its mask."""
+        """Time is a thousand times the share of noise."""
+        return self.answer(model, x, t, read)
+
+    def answer(self, model: Component, x: Tensor, t: Tensor, read: Conditions, known: int = 0) -> Tensor:
+        """What the transformer says of latents of which so many frames are known. Beside them there are zeros, and a mask of these frames."""
         import torch
 
-        read, clip, text = dict(read), x.movedim(1, -1), read["text"]
+        clip, pixels = x.movedim(1, -1), self.pipe.vae_scale_factor_spatial
         if model.config.visual_cond:
-            clip = torch.cat([clip, torch.zeros_like(clip), torch.zeros_like(clip[..., :1])], dim=-1)
-        clip, frames, sides = clip.contiguous(), x.shape[2], x.shape[3:]
-        pixels = self.pipe.vae_scale_factor_spatial
-        places = [torch.arange(n, device=x.device) for n in (frames, *(side // self.patch for side in sides))]
-
-        def answer(rows: Tensor, length: int) -> Tensor:
-            return model(
-                hidden_states=clip[rows],
-                encoder_hidden_states=text[rows, :length],
-                pooled_projections=read["pooled"][rows],
-                timestep=1000 * t[rows],
-                visual_rope_pos=places,
-                text_rope_pos=torch.arange(length, device=x.device),
-                scale_factor=self.pipe._get_scale_factor(*(side * pixels for side in sides)),
-                sparse_params=self.pipe.get_sparse_params(clip[rows], x.device),
-            ).sample.movedim(-1, 1)
-
-        return by_length(read["length"], x, answer)
+            mask = torch.zeros_like(clip[..., :1])
+            mask[:, :known] = 1
+            clip = torch.cat([clip, torch.zeros_like(clip), mask], dim=-1)
+        scale = self.pipe._get_scale_factor(*(side * pixels for side in x.shape[3:]))
+        return asked_of(model, clip, t, read, self.patch, scale, lambda z: self.pipe.get_sparse_params(z, x.device))
 
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a Kandinsky5T2VPipeline takes prompts, for single frames. Those of other lengths are filled up at the end, where it has no way to say so."""
@@ -89,3 +82,55 @@ class Kandinsky5Video(ClipTransformer):
             ends = torch.nn.functional.pad(read["length"].cumsum(0), (1, 0))
             keywords[f"{prefix}prompt_cu_seqlens"] = ends.to(torch.int32)
         return keywords
+
+
+def asked_of(
+    model: Component,
+    clip: Tensor,
+    t: Tensor,
+    read: Conditions,
+    patch: int,
+    scale: Sequence[float],
+    sparse: Callable[[Tensor], object] = lambda _: None,
+) -> Tensor:
+    """What the transformer says of clips with channels last [b, f, h, w, c], as [b, c, f, h, w]."""
+    import torch
+
+    clip, sizes = clip.contiguous(), (clip.shape[1], *(side // patch for side in clip.shape[2:4]))
+    places = [torch.arange(n, device=clip.device) for n in sizes]
+
+    def answered(rows: Tensor, length: int) -> Tensor:
+        answer: Tensor = model(
+            hidden_states=clip[rows],
+            encoder_hidden_states=read["text"][rows, :length],
+            pooled_projections=read["pooled"][rows],
+            timestep=1000 * t[rows],
+            visual_rope_pos=places,
+            text_rope_pos=torch.arange(length, device=clip.device),
+            scale_factor=scale,
+            sparse_params=sparse(clip[rows]),
+        ).sample
+        return answer.movedim(-1, 1)
+
+    channels = model.config.out_visual_dim
+    return by_length(read["length"], clip[..., :channels].movedim(-1, 1), answered)
+
+
+class Kandinsky5ImageToVideo(FirstInPlace, Kandinsky5Video):
+    """The training side of a Kandinsky5I2VPipeline, which has one time for all frames."""
+
+    pipelines: tuple[str, ...] = ("Kandinsky5I2VPipeline",)
+    architecture = "kandinsky-5-video-i2v"
+
+    def __init__(self, parts: Parts, reading: CaptionReading):
+        super().__init__(parts, reading)
+        evened = type(parts.pipe).normalize_first_frame
+        parts.pipe.normalize_first_frame = lambda z: evened(parts.pipe, z) if z.shape[1] > _EVENED else z
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """The first frame is in its place."""
+        import torch
+
+        if "first" not in read:
+            return super().velocity(model, x, t, read)
+        return self.answer(model, torch.cat([read["first"], x[:, :, 1:]], 2), t, read, known=1)

@@ -10,8 +10,8 @@ from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
 from diffpeft.families.dit import Transformer, in_blocks, mask_of
 from diffpeft.families.flow import Flow
+from diffpeft.families.latents import of_one_frame
 from diffpeft.families.patches import packed, places, unpacked
-from diffpeft.families.qwen_image import of_one_frame
 
 if TYPE_CHECKING:
     import torch

@@ -22,6 +22,12 @@ def encoded(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:
     return (mean - shift) * scale, std * scale
 
 
+def of_one_frame(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents [b, c, h / f, w / f] of images [b, 3, h, w], by a VAE of clips."""
+    mean, std = encoded(vae, pixels.unsqueeze(2))
+    return mean.squeeze(2), std.squeeze(2)
+
+
 def moments(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of a VAE's own latents [b, c, *size / f], at least fp32. One that draws nothing has no deviation."""
     import torch

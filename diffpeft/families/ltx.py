@@ -4,14 +4,12 @@ statistics among its weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import ClipTransformer, in_blocks, masked_prompts
-from diffpeft.families.frames import first_of, started, uncounted
-from diffpeft.families.latents import encoded
+from diffpeft.families.dit import ClipTransformer, FirstInPlace, in_blocks, masked_prompts
+from diffpeft.families.frames import started
 
 if TYPE_CHECKING:
     import torch
@@ -67,17 +65,10 @@ class LTX(ClipTransformer):
         return masked_prompts(prompts, negative) | {"num_frames": 1, "frame_rate": self.rate}
 
 
-class LTXImageToVideo(LTX):
+class LTXImageToVideo(FirstInPlace, LTX):
     """The training side of an LTXImageToVideoPipeline: the first frame of a clip is known, and stands in its place at no noise."""
 
     pipelines: tuple[str, ...] = ("LTXImageToVideoPipeline",)
-    first_frame = True
-
-    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
-        """The mean of the first frame's latents; of a single image nothing, which nothing is before."""
-        opening, count = first_of(pixels)
-        known, _ = encoded(self.parts("vae"), opening)
-        return {} if count == 1 else {"first": known, "counts": uncounted(self.frames_of(count), known)}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
         """Time is by token, and 0 for the first frame."""

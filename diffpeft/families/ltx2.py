@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import ClipTransformer, counted
+from diffpeft.families.dit import ClipTransformer, FirstInPlace, counted
 from diffpeft.families.frames import started
-from diffpeft.families.ltx import LTX, LTXImageToVideo
+from diffpeft.families.ltx import LTX
 
 if TYPE_CHECKING:
     import torch
@@ -113,12 +113,10 @@ class LTX2(ClipTransformer):
         return keywords
 
 
-class LTX2ImageToVideo(LTX2):
+class LTX2ImageToVideo(FirstInPlace, LTX2):
     """The training side of an LTX2ImageToVideoPipeline: the first frame of a clip is known, and stands in its place at no noise."""
 
     pipelines: tuple[str, ...] = ("LTX2ImageToVideoPipeline",)
-    first_frame = True
-    condition = LTXImageToVideo.condition
 
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
         """The first frame, which the pipeline would compress as a video: it is trained on as it is."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import ClipTransformer, in_blocks, masked_prompts
+from diffpeft.families.dit import ClipTransformer, in_blocks, in_last_block, masked_prompts
 
 if TYPE_CHECKING:
     import torch
@@ -35,10 +35,7 @@ class Mochi(ClipTransformer):
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
-        last = parts.configs[self.denoiser]["num_layers"] - 1
-        self.unread = {
-            self.denoiser: rf"transformer_blocks\.{last}\.attn1\.add_q_proj"
-        }  # of texts: nothing comes out of it
+        self.unread = {self.denoiser: in_last_block(parts.configs[self.denoiser], r"attn1\.add_q_proj")}
 
     def read(self, encoder: str, prompt: str, device: torch.device) -> Conditions:
         """T5's hidden states [n, width], and which are no filling [n]."""

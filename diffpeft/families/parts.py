@@ -33,9 +33,12 @@ class Parts:
         self.configs: Configs = configs_of(pipe) if configs is None else configs
 
     def __call__(self, name: str) -> Component:
-        """A component, which is loaded if it is not there. Raises CheckpointError if it cannot be."""
+        """A component, which is loaded if it is not there, with frozen parameters. Raises CheckpointError if it cannot be."""
         if getattr(self.pipe, name, None) is None and name in self._loaders:
-            setattr(self.pipe, name, self._loaders[name]())
+            component = self._loaders[name]()
+            if hasattr(component, "requires_grad_"):
+                component.requires_grad_(False)
+            setattr(self.pipe, name, component)
         return getattr(self.pipe, name)
 
     def has(self, name: str) -> bool:

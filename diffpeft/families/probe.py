@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft.errors import WrongBaseError
+from diffpeft.families.packages import check_installed
 from diffpeft.families.parts import Component, Parts
 
 Told = tuple[object, ...]
@@ -132,7 +133,9 @@ class Probe:
         return bool(getattr(self.pipe, "do_classifier_free_guidance", False))
 
     def __call__(self, ask: Ask) -> Told:
-        """What the call came to where it was stopped. Raises WrongBaseError if it came to an end by itself, or ended with an error of its own."""
+        """What the call came to where it was stopped. Raises WrongBaseError if it came to an end by itself, or ended with an error of its own;
+        ConfigError if it lacks a package.
+        """
         height, width = ask.size
         said = {
             "height": height,
@@ -150,6 +153,7 @@ class Probe:
             except Reached as reached:
                 return reached.values
             except _ERRORS as error:
+                check_installed(type(self.pipe), error)
                 raise self.refused(f"its pipeline could not be followed: {type(error).__name__}: {error}") from error
         raise self.refused("its pipeline draws without what others of diffusers have")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -86,16 +85,6 @@ def stacked(rows: Sequence[Conditions]) -> Conditions:
     }
 
 
-def check_ftfy(pipe: Component) -> None:
-    """Raise ConfigError for a pipeline that cleans captions by a package which is not installed."""
-    if not hasattr(sys.modules[type(pipe).__module__], "ftfy"):
-        raise ConfigError(
-            "the pipeline cleans captions by ftfy, which is not installed",
-            where=type(pipe).__name__,
-            remedy="pip install ftfy",
-        )
-
-
 def by_length(lengths: Tensor, x: Tensor, answer: Callable[[Tensor, int], Tensor]) -> Tensor:
     """What a denoiser that reads no mask says of latents x [b, c, *size]: examples whose texts have a length are asked for together.
 
@@ -105,7 +94,7 @@ def by_length(lengths: Tensor, x: Tensor, answer: Callable[[Tensor, int], Tensor
     """
     import torch
 
-    rows_of = [((lengths == length).nonzero()[:, 0].to(x.device), length) for length in lengths.unique().tolist()]
+    rows_of = [(sent((lengths == length).nonzero()[:, 0], x.device), length) for length in lengths.unique().tolist()]
     out = torch.empty_like(x)
     for rows, length in rows_of:
         out = out.index_copy(0, rows, answer(rows, length))

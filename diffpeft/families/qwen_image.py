@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.controls import drawn, in_order, numbered
 from diffpeft.families.devices import sent
-from diffpeft.families.dit import Transformer, in_blocks, mask_of
-from diffpeft.families.latents import encoded
+from diffpeft.families.dit import Transformer, in_blocks, in_last_block, mask_of
+from diffpeft.families.latents import of_one_frame
 from diffpeft.families.patches import packed, unpacked
 from diffpeft.families.prompts import stacked
 
@@ -42,9 +42,8 @@ class QwenImage(Transformer):
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
-        last = parts.configs[self.denoiser]["num_layers"] - 1
         stream = r"attn\.(add_q_proj|to_add_out)|txt_mlp\.net\.(0\.proj|2)"
-        self.unread = {self.denoiser: rf"transformer_blocks\.{last}\.({stream})"}  # of texts: what comes out of it
+        self.unread = {self.denoiser: in_last_block(parts.configs[self.denoiser], stream)}
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Pixels [b, 3, h, w] in [-1, 1] -> mean and standard deviation of the latents [b, c, h / f, w / f]."""
@@ -137,9 +136,3 @@ class QwenImageEditPlus(QwenImageEdit):
     def pictured(self, images: Sequence[Image], size: tuple[int, int]) -> Prompted:
         """All of them."""
         return {"image": list(images)}
-
-
-def of_one_frame(vae: Component, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of the latents [b, c, h / f, w / f] of images [b, 3, h, w], by a VAE of clips."""
-    mean, std = encoded(vae, pixels.unsqueeze(2))
-    return mean.squeeze(2), std.squeeze(2)

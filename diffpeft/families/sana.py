@@ -41,12 +41,16 @@ class Sana(Transformer):
         return {"text": text[0], "mask": mask[0]}
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
-        """Time is a thousand times the share of noise, and a variance beside the velocity is not read."""
+        """Time is a thousand times the share of noise."""
+        return self.answer(model, x, 1000 * t, read)
+
+    def answer(self, model: Component, x: Tensor, time: Tensor, read: Conditions) -> Tensor:
+        """What the transformer says; a variance beside the velocity is not read."""
         answer = model(
             x,
             encoder_hidden_states=read["text"],
             encoder_attention_mask=sent(read["mask"], x.device),
-            timestep=1000 * t * model.config.get("timestep_scale", 1.0),
+            timestep=time * model.config.get("timestep_scale", 1.0),
             return_dict=False,
         )[0]
         return answer[:, : x.shape[1]]

@@ -1,16 +1,20 @@
-"""Sana-Video (Chen et al. 2025, arXiv:2509.24695), text to video: Sana's texts and blocks with a convolution over frames, on clips [b, c, f, h, w]."""
+"""Sana-Video (Chen et al. 2025, arXiv:2509.24695), to video from a text: Sana's texts and blocks with a convolution over frames, on clips [b, c, f, h, w];
+or from an image."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted, Sizes
-from diffpeft.families.dit import ClipTransformer
+from diffpeft.families.dit import ClipTransformer, FirstInPlace
+from diffpeft.families.frames import started
 from diffpeft.families.latents import factor
 from diffpeft.families.sana import Sana
 
 if TYPE_CHECKING:
-    from diffpeft.families.parts import Configs, Parts
+    from torch import Tensor
+
+    from diffpeft.families.parts import Component, Configs, Parts
 
 
 class SanaVideo(ClipTransformer, Sana):
@@ -36,3 +40,18 @@ class SanaVideo(ClipTransformer, Sana):
     def prompted(self, prompts: Conditions, negative: Conditions, blank: bool = True) -> Prompted:
         """As a SanaVideoPipeline takes prompts, for single frames of the sizes that are asked for."""
         return super().prompted(prompts, negative, blank) | {"frames": 1}
+
+
+class SanaImageToVideo(FirstInPlace, SanaVideo):
+    """The training side of a SanaImageToVideoPipeline."""
+
+    pipelines: tuple[str, ...] = ("SanaImageToVideoPipeline",)
+    architecture = "sana-video-i2v"
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """Time is by token, and 0 for the first frame."""
+        if "first" not in read:
+            return super().velocity(model, x, t, read)
+        clip, times = started(x, read["first"], 1000 * t, self.patch)
+        sides = (side // self.patch for side in x.shape[3:])
+        return self.answer(model, clip, times.view(len(x), 1, x.shape[2], *sides), read)

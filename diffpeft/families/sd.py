@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from diffpeft.errors import ConfigError
 from diffpeft.families.base import CaptionReading, Conditions, Frame, Levels, Sizes
+from diffpeft.families.defaults import Defaults
 from diffpeft.families.devices import sent
 from diffpeft.families.discrete import Discrete
 from diffpeft.families.latents import encoded, factor, precise
 from diffpeft.families.prompts import after, chunks, chunks_of, length_of
-from diffpeft.families.uncontrolled import Uncontrolled
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from diffpeft.families.parts import Component, Configs, Parts
 
 
-class StableDiffusion(Uncontrolled):
+class StableDiffusion(Defaults):
     """The training side of a StableDiffusionPipeline with a Stable Diffusion 1.x."""
 
     pipelines: tuple[str, ...] = ("StableDiffusionPipeline",)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
-from diffpeft.families.dit import Transformer, in_blocks
+from diffpeft.families.dit import Transformer, in_blocks, in_last_block
 from diffpeft.families.prompts import tokens
 
 if TYPE_CHECKING:
@@ -39,10 +39,7 @@ class StableDiffusion3(Transformer):
         super().__init__(parts, reading)
         self.text_encoders = tuple(name for name in self.text_encoders if parts.has(name))
         config = parts.configs[self.denoiser]
-        last = config["num_layers"] - 1
-        self.unread = {
-            self.denoiser: rf"transformer_blocks\.{last}\.attn\.add_q_proj"
-        }  # nothing comes out of its texts
+        self.unread = {self.denoiser: in_last_block(config, r"attn\.add_q_proj")}
         self.zeros = (self.max_length, config["joint_attention_dim"])
 
     def embed(self, encoder: str, prompts: Sequence[str], images: Sequence[Tensor] = ()) -> Conditions:

@@ -1,15 +1,16 @@
-"""SkyReels-V2 (Skywork 2025, arXiv:2504.13074), text to video: Wan's texts and blocks. Models of diffusion forcing read a time for each frame, which here is
-the same for all, as their pipeline has it unless it is told otherwise.
+"""SkyReels-V2 (Skywork 2025, arXiv:2504.13074), to video from a text or an image: Wan's texts and blocks. Models of diffusion forcing read a time for each
+frame, which here is the same for all, as their pipeline has it unless it is told otherwise.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
 from diffpeft.families.dit import ClipTransformer
-from diffpeft.families.prompts import check_ftfy
-from diffpeft.families.wan import Wan
+from diffpeft.families.packages import check_imported
+from diffpeft.families.wan import Wan, WanImageToVideo
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,7 +34,7 @@ class SkyReelsV2(Wan):
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         ClipTransformer.__init__(self, parts, reading)  # what a WanPipeline says of its denoisers, this one does not
-        check_ftfy(parts.pipe)
+        check_imported(type(parts.pipe), "ftfy", "ftfy", "the pipeline cleans captions")
         self.forced = type(parts.pipe).__name__ == _FORCING
 
     def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
@@ -52,3 +53,20 @@ class SkyReelsV2(Wan):
         """As both pipelines take prompts, for single frames; one does not do without a text, which may be none."""
         rate = {"fps": self.rate} if self.forced else {}
         return super().prompted(prompts, negative, blank) | {"prompt": None} | rate
+
+
+class SkyReelsV2ImageToVideo(SkyReelsV2, WanImageToVideo):
+    """The training side of a SkyReelsV2ImageToVideoPipeline, which reads what Wan 2.1 does of the first frame."""
+
+    pipelines: tuple[str, ...] = ("SkyReelsV2ImageToVideoPipeline",)
+    viewers: tuple[str, ...] = ("vae", "image_encoder")
+    architecture = "skyreels-v2-i2v"
+    sees = True
+
+    def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
+        """The first frame's latents, and what CLIP sees of it."""
+        return self.known_beside(pixels)
+
+    def velocity(self, model: Component, x: Tensor, t: Tensor, read: Conditions) -> Tensor:
+        """Time is a thousand times the share of noise."""
+        return WanImageToVideo.velocity(self, model, x, t, read)

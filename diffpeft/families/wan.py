@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from diffpeft.families.base import CaptionReading, Conditions, Prompted
-from diffpeft.families.dit import ClipTransformer, in_blocks
-from diffpeft.families.frames import first_of, images_of, started, uncounted
+from diffpeft.families.dit import ClipTransformer, FirstInPlace, in_blocks
+from diffpeft.families.frames import first_of, images_of, started
 from diffpeft.families.latents import encoded
 
 if TYPE_CHECKING:
@@ -68,11 +68,10 @@ class Wan(ClipTransformer):
         return {"prompt_embeds": prompts["text"], "negative_prompt_embeds": negative["text"], "num_frames": 1}
 
 
-class WanImageToVideo(Wan):
+class WanImageToVideo(FirstInPlace, Wan):
     """The training side of a WanImageToVideoPipeline: the first frame of a clip is known."""
 
     pipelines: tuple[str, ...] = ("WanImageToVideoPipeline",)
-    first_frame = True
 
     def __init__(self, parts: Parts, reading: CaptionReading):
         super().__init__(parts, reading)
@@ -87,13 +86,14 @@ class WanImageToVideo(Wan):
         return 2 * latent + 4
 
     def condition(self, pixels: Tensor, controls: Sequence[Tensor]) -> Conditions:
-        """The first frame's latents, in their place or with those of grey frames behind and a mask; and what CLIP sees of it."""
+        """The first frame's latents, in their place or beside those of the clip."""
+        return super().condition(pixels, controls) if self.pipe.config.expand_timesteps else self.known_beside(pixels)
+
+    def known_beside(self, pixels: Tensor) -> Conditions:
+        """The first frame's latents with those of grey frames behind and a mask; and what CLIP sees of it."""
         import torch
 
         opening, count = first_of(pixels)
-        if self.pipe.config.expand_timesteps:
-            known, _ = encoded(self.parts("vae"), opening)
-            return {} if count == 1 else {"first": known, "counts": uncounted(self.frames_of(count), known)}
         grey = opening.new_zeros(*opening.shape[:2], count - 1, *opening.shape[3:])
         known, _ = encoded(self.parts("vae"), torch.cat([opening, grey], 2))
         mask = known.new_zeros(len(known), self.temporal or 1, *known.shape[2:])

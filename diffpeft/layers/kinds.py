@@ -9,6 +9,7 @@ from torch import nn
 from diffpeft.layers.carried import ADAPTERS, Record, record_of
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.layers.tokens import Tokens
+from diffpeft.methods.layout import LAYOUTS, TUNED
 
 
 class _Carrying(type):
@@ -97,46 +98,25 @@ class AdaLoraLayer(LoraLayer):
     methods = frozenset({"adalora"})
 
 
-class LoHaLayer(BaseTunerLayer):
-    """A layer with a LoHa."""
-
-    methods = frozenset({"loha"})
-
-
-class LoKrLayer(BaseTunerLayer):
-    """A layer with a LoKr."""
-
-    methods = frozenset({"lokr"})
+def _kind(stem: str, method: str) -> type[BaseTunerLayer]:
+    """PEFT's class of a layer with adapters of a method."""
+    members = {"methods": frozenset({method}), "__doc__": f"A layer with a {stem}.", "__module__": __name__}
+    return type(f"{stem}Layer", (BaseTunerLayer,), members)
 
 
-class OFTLayer(BaseTunerLayer):
-    """A layer with an OFT."""
-
-    methods = frozenset({"oft"})
-
-
-class BOFTLayer(BaseTunerLayer):
-    """A layer with a BOFT."""
-
-    methods = frozenset({"boft"})
+_WRITTEN = {"Lora": LoraLayer, "AdaLora": AdaLoraLayer}  # those that other classes are made of
+_KINDS = (
+    _WRITTEN.get(row.stem) or _kind(row.stem, method)
+    for method, row in LAYOUTS.items()
+    if row.stem in TUNED and not row.over
+)
+NAMES = {kind.__name__: kind for kind in _KINDS}
 
 
-class IA3Layer(BaseTunerLayer):
-    """A layer with an (IA)^3."""
-
-    methods = frozenset({"ia3"})
-
-
-class HRALayer(BaseTunerLayer):
-    """A layer with an HRA."""
-
-    methods = frozenset({"hra"})
-
-
-class VeraLayer(BaseTunerLayer):
-    """A layer with a VeRA."""
-
-    methods = frozenset({"vera"})
+def __getattr__(name: str) -> type[BaseTunerLayer]:
+    if name in NAMES:
+        return NAMES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 class AuxiliaryTrainingWrapper(metaclass=_Carrying):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -56,6 +57,7 @@ def subclass(
     mark: str,
     pickles: bool = True,
     beside: tuple[type, ...] = (),
+    alike: bool = False,
     **members: object,
 ) -> Class:
     """A subclass of `base` that carries its name (accelerate compares names) and pickles as base plus state.
@@ -65,16 +67,57 @@ def subclass(
         mark: the attribute that holds `base`.
         pickles: False where the class has a way to pickle itself.
         beside: further bases, which yield to `base`.
+        alike: whether the class is equal to the plain one that it stands for: pipelines look which classes their components are of.
     """
 
     def reduce(self: nn.Module, protocol: object) -> tuple[object, ...]:
         # the state apart from the arguments: it may hold the module itself, as accelerate's hooks do
-        return _rebuilt, (made, base), self.__getstate__()
+        return _rebuilt, (_steps(made, base), plain_class(base)), self.__getstate__()
 
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__, mark: base}
-    return type(base.__name__, (base, *beside), {**names, **({"__reduce_ex__": reduce} if pickles else {}), **members})
+    kind = _alike(type(base)) if alike else type(base)
+    cls: Class = kind(
+        base.__name__, (base, *beside), {**names, **({"__reduce_ex__": reduce} if pickles else {}), **members}
+    )
+    _origins[cls] = made, base
+    return cls
 
 
-def _rebuilt(made: Callable[[Class], Class], base: Class) -> nn.Module:
-    cls = made(base)
-    return cls.__new__(cls)
+_Making = Callable[[Class], Class]
+_origins: weakref.WeakKeyDictionary[type, tuple[_Making, Class]] = weakref.WeakKeyDictionary()
+
+
+def plain_class(cls: Class) -> Class:
+    """The class that is in no way ours, which a class is made from in one or more steps."""
+    while cls in _origins:
+        cls = _origins[cls][1]
+    return cls
+
+
+def _steps(made: _Making, base: Class) -> tuple[_Making, ...]:
+    """How to come from the plain class to the one that `made` gives for `base`."""
+    steps = [made]
+    while base in _origins:
+        step, base = _origins[base]
+        steps.append(step)
+    return tuple(reversed(steps))
+
+
+def _rebuilt(steps: Sequence[_Making], base: Class) -> nn.Module:
+    for made in steps:
+        base = made(base)
+    return base.__new__(base)
+
+
+_kinds: dict[type, type] = {}
+
+
+def _alike(kind: type) -> type:
+    """A class of classes, derived from `kind`, that are equal to the plain ones that they stand for. In tables each stands by itself: their hashes differ."""
+    if kind not in _kinds:
+
+        def equals(cls: Class, other: object) -> bool:
+            return cls is other or plain_class(cls) is other
+
+        _kinds[kind] = type(kind.__name__, (kind,), {"__eq__": equals, "__hash__": kind.__hash__})
+    return _kinds[kind]

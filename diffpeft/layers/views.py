@@ -6,6 +6,7 @@ A name that the module has itself, as an attribute, a parameter or a module insi
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType, MethodType
@@ -177,7 +178,9 @@ class Views:
 
     @ReadAttribute
     def base_layer(self) -> nn.Module:
-        """The layer as it is without adapters: the same parameters in a module that carries nothing."""
+        """The layer as it is without adapters: the same parameters in a module that carries nothing. What is around the layer and asks is told of none."""
+        if _is_asked_from_around():
+            raise AttributeError("base_layer")
         _held(self._diffpeft)
         return bare(cast(nn.Module, self))
 
@@ -296,6 +299,11 @@ def refuse_written(module: nn.Module, name: str) -> None:
             where=module.__dict__[RECORD].where,
             remedy="Use set_scale, set_adapter or enable_adapters.",
         )
+
+
+def _is_asked_from_around() -> bool:
+    """Whether a layer of peft's own that was put around this one goes inwards, where it is to find this one."""
+    return str(sys._getframe(3).f_globals.get("__name__")).startswith("peft.")
 
 
 def _single(record: Record) -> SingleLike:

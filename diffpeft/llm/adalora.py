@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converters.formats.peft import PREFIX
+from diffpeft.converters.formats.peft import PREFIX
 from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownKeysError, listed, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.adalora import AdaLora, AdaLoraConfig

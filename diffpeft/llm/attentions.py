@@ -8,7 +8,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from converters.formats.attention import TIMES, around
+from diffpeft.converters.formats.attention import TIMES, around
 from diffpeft.errors import ConfigError
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.lora import Lora

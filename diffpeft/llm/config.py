@@ -5,8 +5,8 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-from converters.formats.schema import check_fields
 from diffpeft import methods
+from diffpeft.converters.formats.schema import check_fields
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptTuningConfig, MultitaskPromptTuningInit
 from diffpeft.llm.p_tuning import PromptEncoderConfig, PromptEncoderReparameterizationType
 from diffpeft.llm.prefix_tuning import PrefixTuningConfig

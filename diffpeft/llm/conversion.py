@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converters.formats.peft import PREFIX
 from diffpeft import io
-from diffpeft.errors import ConfigError, UnknownNameError, WrongKindError
+from diffpeft.converters.formats.peft import PREFIX
+from diffpeft.errors import AdapterStateWarning, ConfigError, UnknownNameError, WrongKindError
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.slot import Slot
 from diffpeft.llm import state
@@ -58,6 +58,7 @@ def convert_to_lora(
     if old is not None and old.peft_type == PeftType.LORA:
         warnings.warn(
             "Converting a PEFT adapter to LoRA that is already a LoRA adapter. There is typically no need for that.",
+            AdapterStateWarning,
             stacklevel=2,
         )
     decomposed = torch.compile(_decomposed, **compile_kwargs) if compile_kwargs is not None else _decomposed

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from torch import nn
 
-from diffpeft.errors import ConfigError, shown
+from diffpeft.errors import ConfigError, ConfigWarning, shown
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.registered import is_known, register_like
 from diffpeft.model.target import kind_of
@@ -59,7 +59,9 @@ def registered(config: PeftConfig) -> Mapping[type[nn.Module], type]:
 def warn(classes: list[type[nn.Module]]) -> None:
     """Say that layers of these classes are adapted without anybody knowing them."""
     for cls in classes:
-        warnings.warn(f"Unsupported layer type '{cls}' encountered, proceed at your own risk.", stacklevel=4)
+        warnings.warn(
+            f"Unsupported layer type '{cls}' encountered, proceed at your own risk.", ConfigWarning, stacklevel=4
+        )
 
 
 def _like(custom: type) -> type[nn.Module] | None:

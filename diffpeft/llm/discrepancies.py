@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from torch import nn
 
 from diffpeft import patterns
-from diffpeft.errors import PeftWarning, near, shown
+from diffpeft.errors import ConfigWarning, PeftWarning, UnusedPatternWarning, near, shown
 from diffpeft.llm.patches import ends_of, names_parameter, parameter_keys
 from diffpeft.methods import LoraConfig
 from diffpeft.methods.peft_config import PeftConfig, PeftType
@@ -20,7 +20,9 @@ def warn(model: nn.Module, config: PeftConfig, layers: Mapping[str, nn.Module], 
     """Warn of what a resolved config says in vain, for an adapter on these `layers`, and on parameters of the modules `patched`."""
     if config.target_modules and config.target_parameters and not layers:
         warnings.warn(
-            f"target_modules={config.target_modules} were set but no module was matched.", RuntimeWarning, stacklevel=6
+            f"target_modules={config.target_modules} were set but no module was matched.",
+            UnusedPatternWarning,
+            stacklevel=6,
         )
     if config.target_parameters:
         _warn_parameters(model, config.target_parameters)
@@ -37,12 +39,14 @@ def _warn_parameters(model: nn.Module, targets: Sequence[str]) -> None:
     unknown = [target for target in targets if not any(names_parameter(target, key) for key in keys)]
     if len(unknown) == len(targets):
         warnings.warn(
-            f"target_parameters={targets} were set but no parameter was matched.", RuntimeWarning, stacklevel=7
+            f"target_parameters={targets} were set but no parameter was matched.", UnusedPatternWarning, stacklevel=7
         )
     for target in unknown:
         hint = near(target, ends_of(keys))
         warnings.warn(
-            f"target_parameters has {shown(target)}, which no parameter is called. {hint}".strip(), stacklevel=7
+            f"target_parameters has {shown(target)}, which no parameter is called. {hint}".strip(),
+            ConfigWarning,
+            stacklevel=7,
         )
 
 
@@ -59,7 +63,7 @@ def _warn_patterns(field: str, keys: Collection[str], names: Collection[str]) ->
         hint = near(unmatched[0], {end for name in names for end in patterns.name_ends(name)})
         warnings.warn(
             f"The following {field} keys did not match any targeted module and were ignored: {unmatched}. {hint}".strip(),
-            RuntimeWarning,
+            UnusedPatternWarning,
             stacklevel=7,
         )
 

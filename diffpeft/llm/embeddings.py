@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from diffpeft import io, patterns
-from diffpeft.errors import NonFiniteError, ShapeMismatchError, shown
+from diffpeft.errors import CheckpointWarning, NonFiniteError, ShapeMismatchError, shown
 from diffpeft.layers.slot import Slot
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.embeddings import TensorsByLayer, embedding_layers, parameter_of
@@ -33,7 +33,7 @@ def saved_along(
     if wanted == "auto":
         wanted = bool(why := _needed(model, config))
         if why:
-            warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", stacklevel=4)
+            warnings.warn(f"Setting `save_embedding_layers` to `True` as {why}.", CheckpointWarning, stacklevel=4)
     if not wanted:
         return {}
     layers = embedding_layers(model)

@@ -13,13 +13,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import converters
-from converters.formats import attention
-from converters.formats.base import dotted_role
-from converters.formats.peft import CONFIG, PREFIX
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import Bundle, canonical
-from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, UnknownNameError, joined, listed, shown
+from diffpeft.converters.formats import attention
+from diffpeft.converters.formats.base import dotted_role
+from diffpeft.converters.formats.peft import CONFIG, PREFIX
+from diffpeft.errors import (
+    AdapterStateError,
+    AdapterStateWarning,
+    ConfigError,
+    ShapeMismatchError,
+    UnknownNameError,
+    joined,
+    listed,
+    shown,
+)
 from diffpeft.layers.slot import Slot
 from diffpeft.llm.peft_model import PeftModel, users_model
 from diffpeft.llm.state import adapter_at, config_of, tensors_in
@@ -89,7 +97,7 @@ def hotswap_adapter_from_state_dict(
             if lasting:
                 plan.set(slots[layer], source=None)  # its file is what it becomes
         if trained and not lasting:
-            warnings.warn(_FROZEN.format(shown(adapter_name)), stacklevel=2)
+            warnings.warn(_FROZEN.format(shown(adapter_name)), AdapterStateWarning, stacklevel=2)
         wrapper = getattr(model, COMPILED, model)
         if isinstance(wrapper, PeftModel):
             plan.entry(wrapper.peft_config, adapter_name, PeftConfig.from_peft_type(**config.to_dict()))
@@ -188,6 +196,7 @@ def _check_not_compiled(model: object, check_compiled: str) -> None:
         warnings.warn(
             "prepare_model_for_compiled_hotswap was called with a model that is already compiled. It will be compiled again: "
             "call the function before compiling the model.",
+            AdapterStateWarning,
             stacklevel=3,
         )
 

@@ -9,10 +9,10 @@ from collections.abc import Iterable, Mapping, Set
 
 from torch import Tensor, nn
 
-from converters.formats import attention
-from converters.formats.base import dotted_role
-from converters.formats.peft import PREFIX
-from diffpeft.errors import ConfigError, shown
+from diffpeft.converters.formats import attention
+from diffpeft.converters.formats.base import dotted_role
+from diffpeft.converters.formats.peft import PREFIX
+from diffpeft.errors import ConfigError, UnusedPatternWarning, shown
 from diffpeft.llm.targets import inner_modules, meant, resolved
 from diffpeft.methods import IA3Config
 from diffpeft.methods.ia3 import FACTORS, is_feedforward
@@ -67,7 +67,7 @@ def _warn_others(model: nn.Module, config: PeftConfig, layers: Set[str]) -> None
             "While injecting the PEFT adapters, an inconsistency was discovered between the PEFT config and the provided "
             "state_dict. This is not necessarily an issue and can be ignored if this was the intent."
         )
-        warnings.warn(" ".join((told, *more, "")), RuntimeWarning, stacklevel=4)
+        warnings.warn(" ".join((told, *more, "")), UnusedPatternWarning, stacklevel=4)
 
 
 def _exactly(layers: Set[str], names: Iterable[str]) -> set[str] | str:

@@ -11,14 +11,14 @@ import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.bundle import Handle
-from diffpeft.errors import ConfigError, MissingKeysError, UnknownNameError, listed, near
+from diffpeft.errors import ConfigError, MissingKeysError, OutdatedWarning, UnknownNameError, listed, near
 from diffpeft.layers.backends import FOUR_BITS, backend_of, backend_of_weight
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.slot import Slot
@@ -26,7 +26,7 @@ from diffpeft.llm.checkpointing import require_input_grads
 from diffpeft.methods.loftq import half_turn, share
 from diffpeft.methods.lora import Lora
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.target import adapted
+from diffpeft.model.target import adapted, check_single
 
 FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 HALVES = (torch.float16, torch.bfloat16)
@@ -34,12 +34,15 @@ HALVES = (torch.float16, torch.bfloat16)
 KEEP_HALVES = frozenset({"gptq", "aqlm", "eetq", "hqq", "torchao"})
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def prepare_model_for_kbit_training(
-    model: nn.Module,
+    model: Model,
     use_gradient_checkpointing: bool = True,
     gradient_checkpointing_kwargs: Mapping[str, object] | None = None,
     auto_clear_cache: bool = True,
-) -> Any:
+) -> Model:
     """Make a model of transformers ready for adapters to be trained on it, before they are attached, and return it.
 
     All parameters are frozen. Those in half precision that are not quantised (norms, embeddings, head) become fp32, unless the quantisation method
@@ -50,6 +53,7 @@ def prepare_model_for_kbit_training(
         gradient_checkpointing_kwargs: for `model.gradient_checkpointing_enable`, such as {"use_reentrant": False}.
         auto_clear_cache: give the memory of the former half-precision parameters back to the device.
     """
+    check_single(model, "prepare_model_for_kbit_training")
     method = getattr(model, "quantization_method", None)
     method = "hqq" if getattr(model, "hqq_quantized", False) else getattr(method, "value", method)
     in_bits = any(getattr(model, f"is_loaded_in_{n}bit", False) for n in (4, 8))
@@ -76,7 +80,7 @@ def _checkpoint(model: Any, options: dict[str, object]) -> None:
     if options:
         warnings.warn(
             f"{type(model).__name__} takes no gradient_checkpointing_kwargs, so {listed(options)} are ignored",
-            FutureWarning,
+            OutdatedWarning,
             stacklevel=3,
         )
     model.gradient_checkpointing_enable()

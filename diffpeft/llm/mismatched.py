@@ -7,7 +7,8 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from converters.formats.peft import PREFIX
+from diffpeft.converters.formats.peft import PREFIX
+from diffpeft.errors import CheckpointWarning
 
 Sizes = tuple[int, ...]
 Mismatch = tuple[str, Sizes, Sizes]  # a key, the sizes that it comes with, those of the adapter
@@ -36,6 +37,7 @@ def fitting(
         warnings.warn(
             f"Some weights of {model} were not initialized from the model checkpoint and are being ignored because you passed "
             f"`ignore_mismatched_sizes=True`: {told}.",
+            CheckpointWarning,
             stacklevel=5,
         )
     return {**tensors, **{key: plain[key.removeprefix(PREFIX)] for key, _, _ in mismatched}}, mismatched

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
+from diffpeft.errors import ConfigWarning
 from diffpeft.llm.prompt import PromptLearningConfig, VirtualTokens, check_name
 from diffpeft.methods.peft_config import PeftType
 
@@ -74,6 +75,7 @@ class PromptEncoder(VirtualTokens):
                 warnings.warn(
                     f"for {PromptEncoderReparameterizationType.MLP}, the argument `encoder_num_layers` is ignored. "
                     f"Exactly {MLP_LAYERS} MLP layers are used.",
+                    ConfigWarning,
                     stacklevel=2,
                 )
             widths = [dim, hidden, hidden, dim]

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from torch import Tensor, nn
 
-from converters.opening import Opened
+from diffpeft.converters.opening import Opened
 from diffpeft.errors import (
     AdapterStateError,
     ConfigError,

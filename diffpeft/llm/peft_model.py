@@ -12,14 +12,23 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from converters.formats.peft import FILE, PREFIX, WEIGHTS
 from diffpeft import io, patterns
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, inside, shown
+from diffpeft.converters.formats.peft import FILE, PREFIX, WEIGHTS
+from diffpeft.errors import (
+    AdapterStateError,
+    AdapterStateWarning,
+    ConfigError,
+    ConfigWarning,
+    UnknownNameError,
+    WrongKindError,
+    inside,
+    shown,
+)
 from diffpeft.llm import renames, state
 from diffpeft.llm.beams import encoder_inside
 from diffpeft.llm.checkpointing import is_in_bits, plan_input_grads, require_input_grads
@@ -42,6 +51,7 @@ from diffpeft.model.attach import mixes_of, plan_removed
 from diffpeft.model.mix import check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.precision import Precision
+from diffpeft.model.target import check_single
 from diffpeft.pipeline.adapters import plan_mix
 from diffpeft.train.cards import CardFacts, completed
 from diffpeft.train.hub import pushed
@@ -77,6 +87,7 @@ class PeftModel(Passing, Counted, nn.Module):
         low_cpu_mem_usage: bool = False,
     ):
         super().__init__()
+        check_single(model, type(self).__name__)
         check_name(adapter_name)
         self._adopt(model, peft_config)
         precision = Precision(autocast_adapter_dtype, low_cpu_mem_usage, low_cpu_mem_usage)
@@ -437,6 +448,7 @@ class PeftModel(Passing, Counted, nn.Module):
 
         Raises CheckpointError and its kin, ConfigError or AdapterStateError, in which case the model has not changed.
         """
+        check_single(model, f"{cls.__name__}.from_pretrained")
         check_name(adapter_name)
         config = None if config is None else PeftConfig.of(config)
         config, folder = (
@@ -618,7 +630,9 @@ def _warn_foreign(config: PeftConfig, model: nn.Module, where: str) -> None:
     library, _ = mapping_of(config)
     if library and foreign(library) and library != _plain_class(model).__module__:
         warnings.warn(
-            f"{where}: auto_mapping names {shown(library)}, which is unknown here and is not imported", stacklevel=4
+            f"{where}: auto_mapping names {shown(library)}, which is unknown here and is not imported",
+            ConfigWarning,
+            stacklevel=4,
         )
 
 
@@ -666,12 +680,14 @@ def get_peft_model(
 
     Raises ConfigError, UnknownNameError or AdapterStateError (ValueErrors where PEFT's are), in which case nothing has changed.
     """
+    check_single(model, "get_peft_model")
     config = PeftConfig.of(peft_config)
     _say_base(config, model, revision)
     if isinstance(model, PeftModel) or mixes_of({"": model}):
         warnings.warn(
             "You are trying to modify a model with PEFT for a second time. If you want to reload the model with a different config, "
             "make sure to call `.unload()` before.",
+            AdapterStateWarning,
             stacklevel=2,
         )
     if isinstance(model, PeftModel):
@@ -687,12 +703,14 @@ def _say_base(config: PeftConfig, model: nn.Module, revision: str | None) -> Non
         warnings.warn(
             f"The PEFT config's `base_model_name_or_path` was renamed from '{old}' to '{new}'. "
             "Please ensure that the correct base model is loaded when loading this checkpoint.",
+            ConfigWarning,
             stacklevel=3,
         )
     config.base_model_name_or_path = new
     if revision is not None and config.revision not in (None, revision):
         warnings.warn(
             f"peft config has already set base model revision to {config.revision}, overwriting with revision {revision}",
+            ConfigWarning,
             stacklevel=3,
         )
     config.revision = revision or config.revision
@@ -710,18 +728,22 @@ def _from_inside(config: Config) -> Config:
     return config
 
 
+Model = TypeVar("Model", bound=nn.Module)
+
+
 def inject_adapter_in_model(
     peft_config: object,
-    model: nn.Module,
+    model: Model,
     adapter_name: str = "default",
     low_cpu_mem_usage: bool = False,
     state_dict: Mapping[str, Tensor] | None = None,
-) -> nn.Module:
+) -> Model:
     """Put a fresh, trainable adapter on a model, without a wrapper, and freeze the base; the model. With `state_dict`, on the layers that its keys name.
 
     It is the active one, which the others are no more; `model.peft_config` has its config. The adapter has the base's dtype.
     `low_cpu_mem_usage`: its tensors are on the meta device until `set_peft_model_state_dict` brings them.
     """
+    check_single(model, "inject_adapter_in_model")
     config = PeftConfig.of(peft_config)
     if state_dict is not None:
         config = targeting(model, config, state_dict)
@@ -740,6 +762,7 @@ def get_peft_model_state_dict(
 
     The model may be inside DDP, FSDP 1 or torch.compile. Of FSDP 1 all processes have to ask; `state_dict`, if it is given, has the tensors that were gathered.
     """
+    check_single(model, "get_peft_model_state_dict")
     known_tensors = None if state_dict is None else {k.removeprefix(PREFIX): t for k, t in state_dict.items()}
     with gathered(model) if state_dict is None else nullcontext() as passing:
         tensors = _tensors(unwrapped(model), known_tensors, adapter_name, save_embedding_layers)
@@ -765,6 +788,7 @@ def set_peft_model_state_dict(
     low_cpu_mem_usage: bool = False,
 ) -> Incompatible:
     """Put tensors with PEFT's keys into an adapter that is there: all or nothing. -> missing_keys, unexpected_keys, mismatched_keys."""
+    check_single(model, "set_peft_model_state_dict")
     if in_units(model):
         raise AdapterStateError("the model is in units of FSDP 1", remedy="Load the adapter before it is wrapped.")
     model = unwrapped(model)

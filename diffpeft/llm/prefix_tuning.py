@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import ConfigError
+from diffpeft.errors import ConfigError, ConfigWarning
 from diffpeft.llm.prompt import PromptLearningConfig, VirtualTokens, check_name
 from diffpeft.llm.tasks import heads_of
 from diffpeft.methods.peft_config import PeftType, TaskType
@@ -124,6 +124,7 @@ def _fitted(pairs: Sequence[tuple[Tensor, Tensor]], model_config: Any) -> Cache:
     if skipped:
         warnings.warn(
             f"Prefix tuning leaves out the layers {skipped}: they are wider than the prefix, or use another layer's keys",
+            ConfigWarning,
             stacklevel=2,
         )
     return made

@@ -11,8 +11,15 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from converters.opening import Opened
-from diffpeft.errors import AdapterStateError, ConfigError, ShapeMismatchError, WrongKindError, inside
+from diffpeft.converters.opening import Opened
+from diffpeft.errors import (
+    AdapterStateError,
+    AdapterStateWarning,
+    ConfigError,
+    ShapeMismatchError,
+    WrongKindError,
+    inside,
+)
 from diffpeft.llm.checkpointing import plan_no_hook
 from diffpeft.llm.prompt import EMBEDDINGS, PromptLearningConfig, VirtualTokens
 from diffpeft.llm.prompts import Arguments, Prepare, Prompts, encoder_of
@@ -116,7 +123,7 @@ class PromptTuner(Prompts):
         with planned(self._parts) as plan:
             self._plan_removed(plan, {*names})
         if gone and remaining:
-            warnings.warn(WENT.format(", ".join(gone), remaining[0]), stacklevel=3)
+            warnings.warn(WENT.format(", ".join(gone), remaining[0]), AdapterStateWarning, stacklevel=3)
 
     def unload(self) -> nn.Module:
         """The model without any adapter, as it was."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError
+from diffpeft.errors import AdapterStateError, CheckpointWarning, ConfigError, ConfigWarning, UnknownNameError
 from diffpeft.llm.multitask_prompt_tuning import MultitaskPromptEmbedding
 from diffpeft.llm.p_tuning import PromptEncoder
 from diffpeft.llm.prefix_tuning import PrefixEncoder, PrefixTuningConfig, cache, call
@@ -171,6 +171,7 @@ class Prompts(nn.Module):
             warnings.warn(
                 f"The file holds the finished vectors of {name!r}, and its network would be applied to them again: "
                 "load with inference_mode=True",
+                CheckpointWarning,
                 stacklevel=3,
             )
         places = encoder.checked(tensors)
@@ -281,7 +282,9 @@ class Prompts(nn.Module):
             model.prepare_inputs_for_generation = self._steps(active, config, model.prepare_inputs_for_generation)
             return model.generate(**arguments)
         if arguments.pop("encoder_outputs", None) is not None:
-            warnings.warn("`encoder_outputs` are of a text without the prompt, and are ignored", stacklevel=2)
+            warnings.warn(
+                "`encoder_outputs` are of a text without the prompt, and are ignored", ConfigWarning, stacklevel=2
+            )
         ids, n = arguments.pop("input_ids"), config.length
         prompt = self.prompt(active, config, len(ids), arguments.pop("task_ids", None))
         _extend(arguments, "attention_mask", n, 1)
@@ -400,11 +403,15 @@ def _drop(arguments: Arguments, config: PromptLearningConfig, typed: bool = Fals
         arguments["position_ids"] = arguments["position_ids"] + config.length
     elif arguments.pop("position_ids", None) is not None:
         warnings.warn(
-            "Position ids are not supported for parameter efficient tuning. Ignoring position ids.", stacklevel=3
+            "Position ids are not supported for parameter efficient tuning. Ignoring position ids.",
+            ConfigWarning,
+            stacklevel=3,
         )
     if not typed and arguments.pop("token_type_ids", None) is not None:
         warnings.warn(
-            "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids", stacklevel=3
+            "Token type ids are not supported for parameter efficient tuning. Ignoring token type ids",
+            ConfigWarning,
+            stacklevel=3,
         )
 
 

@@ -14,9 +14,9 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from converters.formats.base import dotted_role
-from converters.formats.peft import PREFIX
 from diffpeft import patterns
+from diffpeft.converters.formats.base import dotted_role
+from diffpeft.converters.formats.peft import PREFIX
 from diffpeft.errors import CheckpointError, ConfigError, MissingKeysError, listed, shown
 from diffpeft.layers.parameters import ParameterFactors
 from diffpeft.methods import LoraConfig

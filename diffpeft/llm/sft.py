@@ -47,7 +47,7 @@ from diffpeft.train.publish import open_repository, upload
 from diffpeft.train.shards import shard
 from diffpeft.train.state import fingerprint, read
 from diffpeft.train.team import meet, team
-from diffpeft.train.watch import Quiet, Watch
+from diffpeft.train.watch import Logged, Quiet, Watch
 from diffpeft.train.watching import logbook_of, tabulated
 
 ANSWER = 48  # tokens of an answer that is shown in the report
@@ -82,7 +82,7 @@ def train(config: SftConfig, watch: Watch | None = None, checked: CheckedTexts |
     """
     checked = checked or check(config)
     with occupied(config.output()), meet().together():
-        return _trained(config, checked, watch if watch and team().main else Quiet())
+        return _trained(config, checked, (watch or Logged()) if team().main else Quiet())
 
 
 def _trained(typed: SftConfig, checked: CheckedTexts, watch: Watch) -> SftRun:

@@ -9,10 +9,11 @@ from typing import ClassVar
 from diffpeft.train.config import Options, option
 
 
-@dataclass
+@dataclass(repr=False)
 class SftConfig(Options):
     """A supervised fine-tuning run. Defaults are QLoRA's (Dettmers et al. 2023, arXiv:2305.14314) where it has one."""
 
+    PRESETS: ClassVar[tuple[str, ...]] = ("all-linear", "default")
     LR: ClassVar[float] = 2e-4
 
     model: str | None = option(None, "A folder with a language model, a .gguf file, or a Hub id.", required=True)

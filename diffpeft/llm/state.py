@@ -18,16 +18,15 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import converters
-from converters.formats import FORMATS, attention
-from converters.formats.base import suffix
-from converters.formats.fields import whole_scale
-from converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS
-from converters.formats.schema import check_fields
-from converters.opening import Opened, opened
-from converters.writing import write_config
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.converters.formats import FORMATS, attention
+from diffpeft.converters.formats.base import suffix
+from diffpeft.converters.formats.fields import whole_scale
+from diffpeft.converters.formats.peft import CONFIG, FILE, PREFIX, WEIGHTS
+from diffpeft.converters.formats.schema import check_fields
+from diffpeft.converters.opening import Opened, opened
+from diffpeft.converters.writing import write_config
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,

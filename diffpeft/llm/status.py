@@ -12,6 +12,7 @@ from diffpeft.errors import ConfigError, WrongKindError
 from diffpeft.layers.backends import backend_of, numbers
 from diffpeft.layers.carried import Record
 from diffpeft.layers.slot import Slot
+from diffpeft.methods.layout import LAYOUTS
 from diffpeft.methods.peft_config import PeftConfig
 from diffpeft.model.target import adapted, kind_of
 
@@ -124,8 +125,6 @@ def _refuse_prompts(model: nn.Module, what: str) -> None:
         )
 
 
-# what begins PEFT's name of a layer with a method's adapter, where that is not `method.`
-_PREFIXES = {"dora": "lora.", "adalora": "adalora.SVD", "ia3": "", "hra": "hra.HRA"}
 _KINDS = ("Embedding", "Conv1d", "Conv2d", "Conv3d", "MultiheadAttention")  # of layers; all others are Linear in PEFT
 
 
@@ -148,7 +147,8 @@ def _kind_of(module: nn.Module, slots: Mapping[str, Slot]) -> str:
     """PEFT's name for a layer with adapters, by the first of them, for example `lora.Linear`."""
     method = next(method for slot in slots.values() for method in slot.methods)
     names = {c.__name__ for c in kind_of(module).__mro__}
-    return _PREFIXES.get(method, f"{method}.") + next((kind for kind in _KINDS if kind in names), "Linear")
+    begins = LAYOUTS[method].status
+    return (f"{method}." if begins is None else begins) + next((kind for kind in _KINDS if kind in names), "Linear")
 
 
 def _status(

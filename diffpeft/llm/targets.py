@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from torch import nn
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, NoMatchingPeftModuleError, WrongKindError, listed, near, shown
+from diffpeft.errors import ConfigError, ConfigWarning, NoMatchingPeftModuleError, WrongKindError, listed, near, shown
 from diffpeft.llm import custom, renames
 from diffpeft.methods import IA3Config
 from diffpeft.methods.peft_config import Config, PeftConfig, PeftType, TaskType
@@ -327,14 +327,20 @@ def _warn_unmatched(config: PeftConfig, names: list[str], excluded: list[str]) -
     """Say which entries of a list chose nothing."""
     if config.exclude_modules and not excluded:
         warnings.warn(
-            f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded.", stacklevel=4
+            f"You have passed exclude_modules={config.exclude_modules!r} but no modules were excluded.",
+            ConfigWarning,
+            stacklevel=4,
         )
     if isinstance(config.target_modules, str):
         return
     unmatched = [t for t in config.target_modules or () if not any(n == t or n.endswith(f".{t}") for n in names)]
     for target in sorted(unmatched):
         hint = near(target, last_parts(names))
-        warnings.warn(f"target_modules has {shown(target)}, which no module is called. {hint}".strip(), stacklevel=4)
+        warnings.warn(
+            f"target_modules has {shown(target)}, which no module is called. {hint}".strip(),
+            ConfigWarning,
+            stacklevel=4,
+        )
 
 
 def _warn_tied(model: nn.Module, modules: Mapping[str, nn.Module], fitting: Collection[str]) -> None:
@@ -349,6 +355,7 @@ def _warn_tied(model: nn.Module, modules: Mapping[str, nn.Module], fitting: Coll
     if tied:
         warnings.warn(
             f"{listed(tied)} share their weight with another module. The adapter acts on the ones named alone, and merging unties them.",
+            ConfigWarning,
             stacklevel=4,
         )
 

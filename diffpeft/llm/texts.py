@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpeft.errors import DataError, listed, near, shown
+from diffpeft.errors import DataError, DataWarning, listed, near, shown
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -198,7 +198,9 @@ def examples(
         made += pieces
         cut += long and not is_text
     if cut:
-        warnings.warn(f"{cut} of {len(rows)} rows are longer than {max_length} tokens and were cut off", stacklevel=2)
+        warnings.warn(
+            f"{cut} of {len(rows)} rows are longer than {max_length} tokens and were cut off", DataWarning, stacklevel=2
+        )
     return made
 
 

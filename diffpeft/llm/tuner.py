@@ -11,12 +11,14 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from converters.formats.peft import CONFIG, PREFIX
-from converters.opening import Opened
 from diffpeft import patterns
+from diffpeft.converters.formats.peft import CONFIG, PREFIX
+from diffpeft.converters.opening import Opened
 from diffpeft.errors import (
     AdapterStateError,
+    AdapterStateWarning,
     CheckpointError,
+    CheckpointWarning,
     ConfigError,
     UnknownNameError,
     WrongKindError,
@@ -80,22 +82,33 @@ class LoadOptions:
     ignore_mismatched: bool = False
 
 
-def inject(model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN) -> PeftConfig:
+def inject(
+    model: nn.Module, config: PeftConfig, name: str, precision: Precision = PLAIN, component: str = ""
+) -> PeftConfig:
     """Add a fresh adapter to a bare model as the active one; the resolved config. The first freezes the base, and none changes what else is trained.
+
+    `component` is what a pipeline that has the model calls it.
 
     Raises ConfigError, UnknownNameError or AdapterStateError, in which case nothing has changed.
     """
-    parts = {"": model}
+    parts = {component: model}
     with planned(parts) as plan:
         merged = {n: strength for mix in mixes_of(parts).values() for n, strength in mix.fused.items()}
         plan_mix(plan, model, parts, merged)  # what is in the weights stays in them; the new one comes after it
-        config = plan_injected(plan, model, config, name, active=True, precision=precision)
+        config = plan_injected(plan, model, config, name, active=True, precision=precision, component=component)
         plan_listed(plan, model, name, config)
     return config
 
 
 def plan_injected(
-    plan: Plan, model: nn.Module, config: PeftConfig, name: str, *, active: bool, precision: Precision = PLAIN
+    plan: Plan,
+    model: nn.Module,
+    config: PeftConfig,
+    name: str,
+    *,
+    active: bool,
+    precision: Precision = PLAIN,
+    component: str = "",
 ) -> PeftConfig:
     """Plan what `inject` does; the resolved config. Raises what it raises."""
     check_name(name)
@@ -105,13 +118,13 @@ def plan_injected(
         config = resolved(model, config)
         config.validate()
         with _replicated(plan, model, config, lambda: found_configs(model)):
-            _plan_fresh(plan, model, config, name, active, precision)
+            _plan_fresh(plan, model, config, name, active, precision, component)
         plan_frozen(plan, model)
     return config
 
 
 def _plan_fresh(
-    plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision
+    plan: Plan, model: nn.Module, config: PeftConfig, name: str, active: bool, precision: Precision, component: str
 ) -> None:
     layers, ties = twinned(chosen(model, config), model, config)
     attentions.refuse_dora(layers, config)
@@ -139,7 +152,7 @@ def _plan_fresh(
         metadata={CONFIG: config.to_json()},
         as_in_peft=True,
     )
-    plan_attached(plan, {"": model}, {"": layers}, addition)
+    plan_attached(plan, {component: model}, {component: layers}, addition)
 
 
 @contextmanager
@@ -274,7 +287,9 @@ class Tuner(nn.Module):
         with planned(self._parts) as plan:
             if fused_of(self.model):
                 warnings.warn(
-                    "Adapter cannot be set when the model is merged. Unmerging the model first.", stacklevel=2
+                    "Adapter cannot be set when the model is merged. Unmerging the model first.",
+                    AdapterStateWarning,
+                    stacklevel=2,
                 )
                 self._plan_unmerged(plan)
             self._plan_active(plan, names, self.peft_config, inference_mode)
@@ -320,7 +335,7 @@ class Tuner(nn.Module):
             if self._off is not None:
                 plan.set(self, _off={name: strength for name, strength in self._off.items() if name not in names})
             if active and {*active} <= {*names} and remaining:
-                warnings.warn(WENT.format(", ".join(active), remaining[0]), stacklevel=3)
+                warnings.warn(WENT.format(", ".join(active), remaining[0]), AdapterStateWarning, stacklevel=3)
                 self._plan_active(plan, remaining[:1], remaining)
 
     def add_weighted_adapter(
@@ -373,6 +388,7 @@ class Tuner(nn.Module):
                 f"Already following adapters were merged {','.join(merged)}. You are now additionally merging {','.join(todo)}."
                 if todo
                 else "All adapters are already merged, nothing to do.",
+                AdapterStateWarning,
                 stacklevel=2,
             )
         if todo and self._off is None:  # what is switched off acts in no way
@@ -388,7 +404,7 @@ class Tuner(nn.Module):
     def unmerge_adapter(self) -> None:
         """Take the adapters out of the weights again, to the last bit."""
         if not fused_of(self.model):
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", AdapterStateWarning, stacklevel=2)
         with planned(self._parts) as plan:
             self._plan_unmerged(plan)
 
@@ -608,7 +624,9 @@ class Tuner(nn.Module):
             discrepancies.warn(self.model, config, layers, file.patches)
             if file.missing:
                 warnings.warn(
-                    f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.", stacklevel=5
+                    f"Found missing adapter keys while loading the checkpoint: {list(file.missing)}.",
+                    CheckpointWarning,
+                    stacklevel=5,
                 )
             strength = 1.0 if how.active else None
             plan_read(

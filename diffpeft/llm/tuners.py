@@ -5,60 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from diffpeft.llm.tuner import Tuner
+from diffpeft.methods.layout import TUNED, Layout
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.resize import refuse_replaced
-
-
-class LoraModel(Tuner):
-    """A model with LoRAs on it."""
-
-    prefix = "lora_"
-
-
-class AdaLoraModel(LoraModel):
-    """A model with an AdaLoRA on it."""
-
-
-class LoHaModel(Tuner):
-    """A model with LoHas on it."""
-
-    prefix = "hada_"
-
-
-class LoKrModel(Tuner):
-    """A model with LoKrs on it."""
-
-    prefix = "lokr_"
-
-
-class OFTModel(Tuner):
-    """A model with OFTs on it."""
-
-    prefix = "oft_"
-
-
-class BOFTModel(Tuner):
-    """A model with BOFTs on it."""
-
-    prefix = "boft_"
-
-
-class IA3Model(Tuner):
-    """A model with (IA)^3 on it."""
-
-    prefix = "ia3_"
-
-
-class HRAModel(Tuner):
-    """A model with HRAs on it."""
-
-    prefix = "hra_"
-
-
-class VeraModel(Tuner):
-    """A model with VeRAs on it."""
-
-    prefix = "vera_lambda_"
 
 
 class MixedModel(Tuner):
@@ -72,14 +21,29 @@ class MixedModel(Tuner):
         return self.model(*args, **kwargs)
 
 
-TUNERS: dict[str, type[Tuner]] = {
-    PeftType.LORA: LoraModel,
-    PeftType.ADALORA: AdaLoraModel,
-    PeftType.LOHA: LoHaModel,
-    PeftType.LOKR: LoKrModel,
-    PeftType.OFT: OFTModel,
-    PeftType.BOFT: BOFTModel,
-    PeftType.IA3: IA3Model,
-    PeftType.HRA: HRAModel,
-    PeftType.VERA: VeraModel,
-}
+class LoraModel(Tuner):
+    """A model with LoRAs on it."""
+
+    prefix = "lora_"
+
+
+class AdaLoraModel(LoraModel):
+    """A model with an AdaLoRA on it."""
+
+
+def _tuner(stem: str, layout: Layout) -> type[Tuner]:
+    """PEFT's class of a model with adapters of a method."""
+    members = {"prefix": layout.prefix, "__doc__": f"A model with adapters of {stem} on it.", "__module__": __name__}
+    return type(f"{stem}Model", (Tuner,), members)
+
+
+_WRITTEN = {"Lora": LoraModel, "AdaLora": AdaLoraModel}  # those that other classes are made of
+_TUNERS = {stem: _WRITTEN.get(stem) or _tuner(stem, row) for stem, row in TUNED.items()}
+NAMES = {tuner.__name__: tuner for tuner in _TUNERS.values()}
+TUNERS: dict[str, type[Tuner]] = {PeftType(TUNED[stem].peft): tuner for stem, tuner in _TUNERS.items()}
+
+
+def __getattr__(name: str) -> type[Tuner]:
+    if name in NAMES:
+        return NAMES[name]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpeft.errors import CheckpointError, ConfigError, listed, shown
+from diffpeft.errors import CheckpointError, ConfigError, ConfigWarning, listed, shown
 from diffpeft.methods.peft_config import PeftType
 from diffpeft.model.ties import FIELD, tied_to_embedding
 
@@ -34,6 +34,7 @@ def check_tying(model: nn.Module, config: object, wholes: Iterable[str], layers:
                 warnings.warn(
                     f"Model has `{FIELD}=True` and a tied layer is part of the adapter, but {_why_loose(config)}: {listed(loose)} share "
                     f"their weight with another module, {what} trained apart, and merging unties them.",
+                    ConfigWarning,
                     stacklevel=5,
                 )
     elif not ties:
@@ -41,11 +42,13 @@ def check_tying(model: nn.Module, config: object, wholes: Iterable[str], layers:
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules were found in the model"
             + (rows if getattr(config, "trainable_token_indices", None) else ""),
+            ConfigWarning,
             stacklevel=5,
         )
     elif tied.isdisjoint({*wholes, *layers}) and not getattr(config, "trainable_token_indices", None):
         warnings.warn(
             "You have requested `ensure_weight_tying`, but no tied modules are added in either `modules_to_save` or `target_modules`",
+            ConfigWarning,
             stacklevel=5,
         )
 

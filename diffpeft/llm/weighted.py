@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from converters.formats.peft import CONFIG
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.converters.formats.peft import CONFIG
+from diffpeft.errors import AdapterStateError, ConfigError, ConfigWarning, UnknownNameError, listed, near, shown
 from diffpeft.llm import attentions
 from diffpeft.llm.state import saved
 from diffpeft.llm.targets import meant
@@ -205,7 +205,7 @@ def _check_density(density: float | None, kind: str, how: str) -> None:
     if not isinstance(density, (int, float)) or not (density > 0 if "dare" in how else density >= 0):
         raise ConfigError(f"density is {density}, with {kind!r}", remedy=f"It is a number {least} and below 1.")
     if density >= 1:
-        warnings.warn(f"density is {density}: at 1 and above nothing is left out", stacklevel=7)
+        warnings.warn(f"density is {density}: at 1 and above nothing is left out", ConfigWarning, stacklevel=7)
 
 
 def _lora(plan: Plan, request: Request, configs: Sequence[LoraConfig], recipe: Recipe) -> PeftConfig:
@@ -232,6 +232,7 @@ def _lora(plan: Plan, request: Request, configs: Sequence[LoraConfig], recipe: R
         warnings.warn(
             "what adapters train beside the weights of their layers (lora_bias, modules_to_save, trainable_token_indices) "
             f"is left out: {listed(left_out)}",
+            ConfigWarning,
             stacklevel=6,
         )
     draw_on(model, request.adapters, leading, recipe.rank)

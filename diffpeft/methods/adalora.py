@@ -13,7 +13,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from diffpeft.errors import ConfigError
+from diffpeft.errors import ConfigError, ConfigWarning
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Shaped, Site, Spec, Tensors
 from diffpeft.methods.forms import Factors
@@ -87,11 +87,13 @@ class AdaLoraConfig(LoraConfig):
         if "r" in unused:
             warnings.warn(
                 "Note that `r` is not used in AdaLora and will be ignored. The rank at the start is `init_r`.",
+                ConfigWarning,
                 stacklevel=4,
             )
         if others := [name for name in unused if name != "r"]:
             warnings.warn(
                 f"{', '.join(others)} mean nothing to AdaLoRA, whose rank at the start is init_r and scale alpha / init_r",
+                ConfigWarning,
                 stacklevel=4,
             )
 

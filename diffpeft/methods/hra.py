@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffpeft.errors import ConfigWarning
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Fresh, Link, Method, Site, Spec, Strength, Tensors
 from diffpeft.methods.layout import LAYOUTS
@@ -72,7 +73,11 @@ class Hra(Method):
         twice = config.init_weights and not config.apply_GS and r % 2 == 0
         if config.init_weights and not twice:
             why = "apply_GS" if config.apply_GS else f"an odd r ({r})"
-            warnings.warn(f"HRA with {why} has no start that changes nothing: its reflections are random", stacklevel=2)
+            warnings.warn(
+                f"HRA with {why} has no start that changes nothing: its reflections are random",
+                ConfigWarning,
+                stacklevel=2,
+            )
         u = kaiming(features, r // 2 if twice else r, generator=site.generator)
         return Fresh({"hra_u": u.repeat_interleave(2, 1) if twice else u}, options={"apply_GS": config.apply_GS})
 

@@ -6,6 +6,7 @@ Nothing here needs torch, so that a file's header can be judged without it. How 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -63,6 +64,7 @@ class Layout:
         shared: {role: axes} of the tensors of the whole adapter, at least as large as each layer needs.
         config: the name of PEFT's config, in the same file; empty for a method that only files hold.
         peft: PEFT's type; empty if PEFT has no such method.
+        status: what begins the names of its layers in PEFT's status, where that is not `method.`.
         alpha: what an alpha is: the `scale` times the rank, the `bound` of a rotation, or nothing (empty).
         alpha_field: the config's field for it; empty if it has none.
         rank_field: the config's field for the rank.
@@ -88,6 +90,7 @@ class Layout:
     shared: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     config: str = ""
     peft: str = ""
+    status: str | None = None
     alpha: str = ""
     alpha_field: str = ""
     rank_field: str = "r"
@@ -111,6 +114,18 @@ class Layout:
     def options(self) -> tuple[Field, ...]:
         """The fields of the config that are options of the adapter."""
         return tuple(row for row in self.fields if row.option)
+
+    @property
+    def stem(self) -> str:
+        """What PEFT's names of its classes begin with: `HRA` of HRAConfig, HRAModel and HRALayer."""
+        return self.config.removesuffix("Config")
+
+    @property
+    def prefix(self) -> str:
+        """What PEFT's names of its tensors begin with: `hra_`."""
+        words = zip(*(role.split("_")[:-1] for one in self.forms if one.peft for role in one.axes), strict=False)
+        alike = itertools.takewhile(lambda parts: len(set(parts)) == 1, words)
+        return "".join(f"{parts[0]}_" for parts in alike)
 
     @functools.cached_property
     def axes(self) -> dict[str, str]:
@@ -218,6 +233,7 @@ LAYOUTS: dict[str, Layout] = {
         tuple(one | {role: text} for one in (*_LORA, *_LOHA, *_LOKR) for role, text in MAGNITUDES.items()),
         config="LoraConfig",
         peft="LORA",
+        status="lora.",
         dropouts={"lora_dropout": "dropout"},
         alpha_field="lora_alpha",
         patterns=True,
@@ -233,6 +249,7 @@ LAYOUTS: dict[str, Layout] = {
         (form("lora_A: r i.k; lora_B: o r; lora_E: r 1"),),
         config="AdaLoraConfig",
         peft="ADALORA",
+        status="adalora.SVD",
         dropouts={"lora_dropout": "dropout"},
         alpha_field="lora_alpha",
         alpha="scale",
@@ -288,6 +305,7 @@ LAYOUTS: dict[str, Layout] = {
         (form("ia3_l: o 1 *1 | 1 i *1"), form("ia3_w: o *1 | 1 o *1; on_input: *1", peft=False)),
         config="IA3Config",
         peft="IA3",
+        status="",
         ranks=(),
         off=_words("ia3_w"),
         linear=_words("ia3_w"),
@@ -330,6 +348,7 @@ LAYOUTS: dict[str, Layout] = {
         (form("hra_u: i.k r", lookup=False), form("hra_u: o r", lookup=True)),
         config="HRAConfig",
         peft="HRA",
+        status="hra.HRA",
         fields=(Field("apply_GS", "apply_GS", "flag", False),),
         training=Training({"rank": "r"}, images=False),
     ),
@@ -349,6 +368,19 @@ LAYOUTS: dict[str, Layout] = {
         off=_words("vera_lambda_b"),
         linear=_words("vera_lambda_b"),
         training=Training({"rank": "r", "dropout": "vera_dropout"}, images=False),
+    ),
+    "hira": Layout(
+        "hira.Hira",
+        (form("hira_A: r i *k; hira_B: o r *1"), form("hira_embedding_A: r i; hira_embedding_B: o r")),
+        config="HiraConfig",
+        peft="HIRA",
+        dropouts={"hira_dropout": "dropout"},
+        rank_default=32,
+        patterns=True,
+        twins={"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"},
+        off=_words("hira_B hira_embedding_A"),
+        linear=_words("hira_B hira_embedding_B"),
+        training=Training({"rank": "r", "dropout": "hira_dropout"}, images=False),
     ),
     "full": Layout(
         "full.Full",
@@ -379,6 +411,8 @@ DROPOUTS = frozenset(option for layout in LAYOUTS.values() for option in layout.
 RANKS = ("r", "q", "p")  # the letters of ranks
 ROLES = {method: layout.roles for method, layout in LAYOUTS.items() if method != "dora"}
 KNOWN = frozenset(role for layout in LAYOUTS.values() for role in layout.roles) | {BIAS}
+# {what the names of PEFT's classes begin with: row}
+TUNED = {layout.stem: layout for layout in LAYOUTS.values() if layout.config and not layout.over}
 CONFIGS = {layout.config: layout.home.split(".")[0] for layout in LAYOUTS.values() if layout.config and not layout.over}
 OFF = frozenset(role for layout in LAYOUTS.values() for role in layout.off) | {BIAS}
 INNER = tuple(method for method, layout in LAYOUTS.items() if layout.inner)

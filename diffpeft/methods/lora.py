@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from diffpeft import patterns
-from diffpeft.errors import ConfigError, NoWeightError, WrongKindError
+from diffpeft.errors import ConfigError, ConfigWarning, NoWeightError, WrongKindError
 from diffpeft.methods import config as checks
 from diffpeft.methods import loftq, shapes
 from diffpeft.methods.base import Additive, Alpha, Fresh, Shaped, Site, Spec, Tensors
@@ -137,7 +137,9 @@ class LoraConfig(PeftConfig):
             init = self.init_lora_weights = init.lower()
         if self.loftq_config and init != "loftq":
             warnings.warn(
-                "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.", stacklevel=3
+                "`loftq_config` specified but will be ignored when `init_lora_weights` is not 'loftq'.",
+                ConfigWarning,
+                stacklevel=3,
             )
             self.loftq_config = {}
         if isinstance(self.loftq_config, loftq.LoftQConfig):

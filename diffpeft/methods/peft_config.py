@@ -14,7 +14,17 @@ from pathlib import Path
 from typing import Any, ClassVar, Self, TypeVar, cast
 
 from diffpeft import files
-from diffpeft.errors import CheckpointError, ConfigError, NotBuiltError, WrongKindError, inside, listed, near, shown
+from diffpeft.errors import (
+    CheckpointError,
+    ConfigError,
+    ConfigWarning,
+    NotBuiltError,
+    WrongKindError,
+    inside,
+    listed,
+    near,
+    shown,
+)
 
 FILE = "adapter_config.json"
 DIALECT = "0.21.2"  # the version of PEFT whose dialect is spoken
@@ -304,6 +314,7 @@ class PeftConfig(Passing):
         if unknown:
             warnings.warn(
                 f"Unexpected keyword arguments {unknown} for class {made.__name__}, these are ignored. The file may be of a newer version.",
+                ConfigWarning,
                 stacklevel=2,
             )
         return made(**{key: value for key, value in kwargs.items() if key in known})
@@ -328,7 +339,9 @@ def _without_run(table: Mapping[str, object]) -> dict[str, object]:
     """The fields of a file without those of a run, which is warned of."""
     if "runtime_config" in table:
         warnings.warn(
-            f"{FILE} has a runtime_config, which is ignored: it is for the run and not for the file", stacklevel=3
+            f"{FILE} has a runtime_config, which is ignored: it is for the run and not for the file",
+            ConfigWarning,
+            stacklevel=3,
         )
     return {name: value for name, value in table.items() if name != "runtime_config"}
 

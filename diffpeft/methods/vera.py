@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from diffpeft.errors import ConfigWarning
 from diffpeft.methods import config as checks
 from diffpeft.methods.base import Additive, Fresh, Shaped, Site, Spec, Tensors
 from diffpeft.methods.forms import Factors
@@ -59,6 +60,7 @@ class VeraConfig(PeftConfig):
             warnings.warn(
                 "Specified to not save vera_A and vera_B: a file without them is right only where torch draws the same "
                 "numbers from `projection_prng_key`",
+                ConfigWarning,
                 stacklevel=3,
             )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from diffpeft.bundle import dotted
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, shown
+from diffpeft.errors import AdapterStateError, ConfigError, ConfigWarning, UnknownNameError, listed, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, Copy, Record, bare_copy, base_class, is_adapted, op_of
 from diffpeft.layers.hooks import device_of, present, refusal
 from diffpeft.layers.patches import Patch
@@ -26,14 +27,17 @@ from diffpeft.model.banks import share
 from diffpeft.model.journal import ABSENT
 from diffpeft.model.mix import Adapter, Choice, Given, Mix, Strength, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
-from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select
+from diffpeft.model.target import adapted, along, components, is_preset, layers_of, select, within_pefts
 from diffpeft.model.weights import unfused
+from diffpeft.readable import Readable
+
+log = logging.getLogger(__name__)
 
 OVERSIZED = "layers are smaller than the rank"
 
 
-@dataclass(frozen=True)
-class AttachReport:
+@dataclass(frozen=True, repr=False)
+class AttachReport(Readable):
     """What attach did, or with dry_run=True would do: the adapter's name, the layers (component.name), and the size of its tensors."""
 
     name: str
@@ -130,7 +134,9 @@ def attach(
     addition = Addition(name, config, method, options, generator, quiet=quiet)
     with planned(parts) as plan:
         chosen = select(parts, targets or config.target_modules, exclude or config.exclude_modules)
-        return dry_run_of(parts, chosen, addition) if dry_run else plan_attached(plan, parts, chosen, addition)
+        report = dry_run_of(parts, chosen, addition) if dry_run else plan_attached(plan, parts, chosen, addition)
+    log.info("%s %r", "would attach" if dry_run else "attached", report)
+    return report
 
 
 _FACADE = (
@@ -238,11 +244,14 @@ def _fresh_slots(
     if branches:
         warnings.warn(
             f"LoRA adapter added to ConvNd layer with groups > 1. Merging is not supported. {listed(branches, 5)}",
+            ConfigWarning,
             stacklevel=5,
         )
     large = [] if new.quiet else [layer for of_component in slots.values() for layer in oversized(of_component)]
     if large:
-        warnings.warn(f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large, 5)}", stacklevel=4)
+        warnings.warn(
+            f"adapter {new.name!r}: {len(large)} {OVERSIZED}: {listed(large, 5)}", ConfigWarning, stacklevel=4
+        )
     return layers, slots
 
 
@@ -415,6 +424,7 @@ def _warn_adjusted(name: str, slots: Mapping[str, Mapping[str, Slot]]) -> None:
         warnings.warn(
             f"adapter {name!r}: {asked} does not divide {len(adjusted)} layers, so the nearest number that does was taken "
             f"({used} for the first): {listed(adjusted, 5)}",
+            ConfigWarning,
             stacklevel=5,
         )
 
@@ -453,8 +463,8 @@ def detach(target: object, name: str) -> None:
         plan_removed(plan, parts, {name})
 
 
-def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> None:
-    """Plan to take adapters, or all of them, off every component that has them. Raises UnknownNameError for a name that no component has."""
+def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | None) -> set[str]:
+    """Plan to take adapters, or all of them, off every component that has them; their names. Raises UnknownNameError for a name that no component has."""
     walks = {component: adapted(model) for component, model in parts.items()}
     mixes = mixes_of(parts, walks)
     known = {name for mix in mixes.values() for name in mix.adapters}
@@ -464,6 +474,7 @@ def plan_removed(plan: Plan, parts: Mapping[str, nn.Module], names: set[str] | N
     for component, mix in mixes.items():
         if going & {*mix.adapters}:
             _remove(plan, parts[component], mix, walks[component], going)
+    return going
 
 
 def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str]) -> None:
@@ -478,13 +489,14 @@ def _remove(plan: Plan, model: nn.Module, mix: Mix, walk: Walk, names: set[str])
     plan.set(mix, adapters=adapters, choice=choice if adapters else Choice(), fused={} if out else before.fused)
     plan_unlisted(plan, model, names, bool(adapters))
     plan.root(model, mix)
+    within = within_pefts(model) if out else ()
     for layer, module, _ in walk:
         record = plan.record_of(module)
         if record is None or record.mix is not mix:
             continue
         weights = None
         if out and record.fused:
-            record, weights = unfused(layer, module, record)
+            record, weights = unfused(layer, module, record, within)
         remaining = record.without(names)
         if weights is not None or remaining is not record:
             refuse_foreign(layer, module)

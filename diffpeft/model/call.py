@@ -21,6 +21,7 @@ from diffpeft.methods.peft_config import is_served
 
 # the arguments in which diffusers' pipelines and models take {"scale": s}
 ATTENTION_KWARGS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
+_ENCODING = ("encode_prompt", "_encode_prompt", "_encode_prompt_free_noise")  # methods that take `lora_scale`
 _PER_PROMPT = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt")
 
 
@@ -100,7 +101,7 @@ def for_diffusers(arguments: dict[str, Any]) -> dict[str, Any]:
 def _encoders_scale() -> Any:
     """What `encode_prompt` was given as `lora_scale`, else what its pipeline was called with."""
     for frame in _frames():
-        if "lora_scale" in frame.f_code.co_varnames and frame.f_locals.get("lora_scale") is not None:
+        if frame.f_code.co_name in _ENCODING and frame.f_locals.get("lora_scale") is not None:
             return frame.f_locals["lora_scale"]
     call = pipeline_frame()
     return None if call is None else _scale_in(call.f_locals)

@@ -29,6 +29,7 @@ from diffpeft.model.mix import Adapter, Mix, check_idle, check_name
 from diffpeft.model.plan import Plan, planned
 from diffpeft.model.room import plan_slots
 from diffpeft.model.target import adapted, adapted_layers, components
+from diffpeft.readable import Residuals
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Update:
 
 def to_lora(
     target: object, adapter: str, *, name: str | None = None, rank: int | None = None, energy: float | None = None
-) -> dict[str, float]:
+) -> Residuals:
     """Turn an adapter of any method into a LoRA. -> {layer: Frobenius norm of what is lost / of the delta}.
 
     Args:
@@ -72,12 +73,12 @@ def _plan_lora(
     name: str | None,
     rank: int | None,
     energy: float | None,
-) -> dict[str, float]:
+) -> Residuals:
     mixes = mixes_of(parts)
     _known([adapter], mixes)
     if name is not None:
         _check_new(name, mixes)
-    residuals: dict[str, float] = {}
+    residuals = Residuals()
     for component, mix in mixes.items():
         if adapter not in mix.adapters:
             continue
@@ -105,7 +106,7 @@ def combine(
     rank: int | None = None,
     density: float = 0.5,
     majority_sign: str = "total",
-) -> dict[str, float]:
+) -> Residuals:
     """Merge adapters of any methods into a new LoRA, which is added inactive. -> {layer: norm of what is lost / of the sum}.
 
     Args:
@@ -148,7 +149,7 @@ def combined(
     weights: Mapping[str, float],
     name: str,
     put_together: Callable[[Updates], tuple[Pair, Tensor]],
-) -> tuple[dict[str, dict[str, Slot]], dict[str, float]]:
+) -> tuple[dict[str, dict[str, Slot]], Residuals]:
     """Frozen slots of a new LoRA, by component and layer, that is made of others, and {layer: norm of what is lost / of the sum}.
 
     Raises UnknownNameError, AdapterStateError or ConfigError.
@@ -164,7 +165,7 @@ def combined(
     _known(weights, mixes)
     _check_new(name, mixes)
     slots: dict[str, dict[str, Slot]] = {component: {} for component in mixes}
-    residuals: dict[str, float] = {}
+    residuals = Residuals()
     for component in mixes:
         for layer, (module, updates) in _updates(parts[component], weights).items():
             factors, total = put_together(updates)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, listed
+from diffpeft.errors import AdapterStateError, CheckpointWarning, listed
 from diffpeft.layers.carried import op_of, record_of
 from diffpeft.layers.slot import BIAS, Piece, Slot, pieces_of
 from diffpeft.methods import Spec
@@ -55,7 +55,9 @@ def divided(
             copied[layer] = module
     if different:
         warnings.warn(
-            f"the file has embeddings of its own, which act while the adapter does: {listed(different)}", stacklevel=5
+            f"the file has embeddings of its own, which act while the adapter does: {listed(different)}",
+            CheckpointWarning,
+            stacklevel=5,
         )
     return under, copied
 

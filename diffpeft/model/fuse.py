@@ -6,6 +6,7 @@ A fused weight is always computed from the base as it was, in fp32, and rounded 
 from __future__ import annotations
 
 import functools
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, shown
+from diffpeft.errors import AdapterStateError, AdapterStateWarning, ConfigError, UnknownNameError, shown
 from diffpeft.layers.backends import backend_of
 from diffpeft.layers.carried import Parameters, Record, Step
 from diffpeft.layers.hooks import STORING_HOOKS, diffusers_hooks
@@ -27,7 +28,7 @@ from diffpeft.model.attach import mixes_of
 from diffpeft.model.mix import Choice, Mix
 from diffpeft.model.plan import Plan, Put, planned
 from diffpeft.model.schedule import Schedule
-from diffpeft.model.target import adapted, components
+from diffpeft.model.target import adapted, components, within_pefts
 from diffpeft.model.tied import count_twins_once, spread
 from diffpeft.model.weights import (
     Rewritten,
@@ -41,6 +42,8 @@ from diffpeft.model.weights import (
     unfit,
     unfused,
 )
+
+log = logging.getLogger(__name__)
 
 
 def fuse(target: object, names: str | Sequence[str] | None = None, keep_base: str = "cpu") -> None:
@@ -60,6 +63,7 @@ def fuse(target: object, names: str | Sequence[str] | None = None, keep_base: st
     parts = components(target)
     with planned(parts) as plan:
         plan_fused(plan, parts, names, keep_base)
+    log.info("fused %s", "all that are active" if names is None else names)
 
 
 def plan_fused(
@@ -84,7 +88,7 @@ def plan_fused(
             plan.set(mix, fused={**now.fused, **fresh})
             idle = False
     if idle:
-        warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", stacklevel=3)
+        warnings.warn(f"nothing to do: {', '.join(sorted(chosen))} fused already", AdapterStateWarning, stacklevel=3)
 
 
 def plan_layer_fused(plan: Plan, model: nn.Module, mix: Mix, module: nn.Module, names: Sequence[str]) -> None:
@@ -109,6 +113,7 @@ def unfuse(target: object) -> None:
     parts = components(target)
     with planned(parts) as plan:
         plan_unfused(plan, parts)
+    log.info("unfused all")
 
 
 def plan_unfused(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
@@ -116,10 +121,11 @@ def plan_unfused(plan: Plan, parts: Mapping[str, nn.Module]) -> None:
     for component, mix in mixes_of(parts).items():
         if not plan.view(mix).fused:
             continue
+        within = within_pefts(parts[component])
         for layer, module, _ in adapted(parts[component]):
             record = plan.record_of(module)
             if record is not None and record.mix is mix and record.fused:
-                plan.carry(module, *unfused(layer, module, record))
+                plan.carry(module, *unfused(layer, module, record, within))
         plan.set(mix, fused={})
 
 

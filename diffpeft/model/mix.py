@@ -12,12 +12,12 @@ import itertools
 import re
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffpeft.bundle import Entry, Handle, dotted
 from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, near, shown
@@ -418,10 +418,10 @@ def _glob(segment: str) -> re.Pattern[str]:
     return re.compile("".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in segment))
 
 
-def check_mix(asked: object, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+def check_mix(asked: object, mixes: Iterable[Mix], components: Mapping[str, nn.Module] | None = None) -> None:
     """Raise unless `asked` is {known adapter: strength or {pattern that matches: strength}}.
 
-    `components` are those of the pipeline: a pattern may name one of them that an adapter has no layers in.
+    `components` are those of the pipeline: a pattern may name one of them that an adapter has no layers in, or a block of it.
     """
     mixes = list(mixes)
     if not isinstance(asked, Mapping):
@@ -436,18 +436,24 @@ def check_mix(asked: object, mixes: Iterable[Mix], components: Collection[str] =
         if isinstance(strength, Mapping):
             used = set().union(*(mix.used({name: strength}) for mix in mixes))
             for pattern in strength:
-                if pattern not in used and not _is_absent(pattern, name, mixes, components):
+                if pattern not in used and not _is_absent(pattern, name, mixes, components or {}):
                     raise _no_layer(name, pattern, mixes)
 
 
-def _is_absent(pattern: str, name: str, mixes: Iterable[Mix], components: Collection[str]) -> bool:
-    """Whether a pattern is for a component of the pipeline in which the adapter has no layers."""
-    absent = {*components} - {mix.component for mix in mixes if name in mix.adapters}
-    component, _, block = pattern.partition(".")
-    return component in absent or (not block and any(_glob(component).fullmatch(other) for other in absent))
+def _is_absent(pattern: str, name: str, mixes: Iterable[Mix], components: Mapping[str, nn.Module]) -> bool:
+    """Whether a pattern is for a component of the pipeline, or a block of one, in which the adapter has no layers."""
+    absent = components.keys() - {mix.component for mix in mixes if name in mix.adapters}
+    return any(
+        leads_to(pattern, component, module)
+        for component in absent
+        for module, _ in components[component].named_modules()
+        if module
+    )
 
 
-def check_rows(asked: object, images: object, mixes: Iterable[Mix], components: Collection[str] = ()) -> None:
+def check_rows(
+    asked: object, images: object, mixes: Iterable[Mix], components: Mapping[str, nn.Module] | None = None
+) -> None:
     """Raise unless `asked` is a mix, or a list of mixes for so many images a prompt."""
     mixes = list(mixes)
     if isinstance(images, bool) or not isinstance(images, int) or images < 1:

@@ -6,9 +6,10 @@ Like an adapted layer (docs/decisions/001) it gets a subclass of its class; here
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -18,12 +19,14 @@ from diffpeft.errors import AdapterStateError, ShapeMismatchError, listed
 from diffpeft.layers.mixed import watched
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.swap import subclass
+from diffpeft.methods.peft_config import is_served
 from diffpeft.model.call import asked_scale, for_diffusers, rows_asked, takes_scale
 from diffpeft.model.mix import Choice, Chosen, Mix, Moment, forced, in_force, show_compiled
 from diffpeft.model.scope import Block
-from diffpeft.model.target import COMPILED
+from diffpeft.model.target import COMPILED, within_pefts
 
 ROOT = "_diffpeft_root"
+TAKEN = "_diffpeft_taken"  # the attribute of a class that was taken over with the class that it was
 _REASON = (
     "the strengths of adapters depend on the call; compile the model that set_adapters is given and not what calls it"
 )
@@ -55,6 +58,18 @@ def settle(model: nn.Module, mix: Mix) -> None:
                 module.__dict__[ROOT] = mix
             else:
                 module.__dict__.pop(ROOT, None)
+
+
+def class_under(model: nn.Module) -> type[nn.Module]:
+    """The class that a model has when it is no root."""
+    cls: type[nn.Module] = getattr(type(model), "_diffpeft_called", type(model))
+    return cls
+
+
+def put_class_under(model: nn.Module, cls: type[nn.Module]) -> None:
+    """Give a model another class, which it keeps when it becomes a root or ceases to be one."""
+    with _lock:
+        object.__setattr__(model, "__class__", _root_class(cls) if hasattr(type(model), "_diffpeft_called") else cls)
 
 
 def model_of(mix: Mix) -> nn.Module | None:
@@ -102,11 +117,40 @@ def _root_class(base: type[nn.Module]) -> type:
             base,
             _root_class,
             "_diffpeft_called",
+            alike=True,  # `from_pipe` looks whether it is one of the classes that the other pipeline takes
             pickles=not (hasattr(base, "_torchdynamo_orig_callable") or "__reduce__" in vars(base)),
             # skipped by dynamo, the model's own forward is not: the step is looked up outside of every graph
             __call__=torch.compiler.disable(call, recursive=False, reason=_REASON),
         )
+        for name, method in _guards(base).items():
+            setattr(_classes[base], name, method)
     return _classes[base]
+
+
+# methods of diffusers' models that do nothing, and say nothing, where there are no layers of peft's
+_PEFTS = ("disable_lora", "enable_lora", "fuse_lora", "unfuse_lora", "unload_lora", "delete_adapters")
+
+
+def _guards(base: type[nn.Module]) -> dict[str, object]:
+    """These methods of a class, so that they refuse to do nothing. Those of a model that was taken over act."""
+    names = () if hasattr(base, TAKEN) else _PEFTS
+    return {name: _guarded(base, name) for name in names if hasattr(base, name)}
+
+
+def _guarded(base: type[nn.Module], name: str) -> Callable[..., object]:
+    method: Callable[..., object] = getattr(base, name)
+
+    @functools.wraps(method)
+    def guarded(self: nn.Module, *args: object, **kwargs: object) -> object:
+        mix = self.__dict__.get(ROOT)
+        if mix is not None and mix.adapters and not is_served() and not within_pefts(self):
+            raise AdapterStateError(
+                f"{name} is for adapters of peft, and {listed(mix.adapters)} on this {base.__name__} are diffpeft's",
+                remedy="Call diffpeft.take_over(pipe), and it acts on them; or use diffpeft's set_adapters, fuse and unload.",
+            )
+        return method(self, *args, **kwargs)
+
+    return guarded
 
 
 def _for_call(mix: Mix, args: tuple[object, ...], kwargs: dict[str, object]) -> dict[str, Moment]:

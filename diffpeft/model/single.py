@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from diffpeft.errors import AdapterStateError, UnknownNameError, joined, listed, shown
+from diffpeft.errors import AdapterStateError, AdapterStateWarning, UnknownNameError, joined, listed, shown
 from diffpeft.layers.carried import Record, record_of
 from diffpeft.model.activation import refuse_clashing_on
 from diffpeft.model.attach import mixes_of, refuse_foreign
@@ -98,6 +98,33 @@ def _set_strengths(model: nn.Module, strengths: Callable[[nn.Module, Record], Ma
             _plan_singles(plan, mix, changed)
 
 
+def plan_each(plan: Plan, model: nn.Module, setting: Callable[[Record, Single], Single]) -> None:
+    """Plan another setting of every module of a component, from what it carries and what is set on it.
+
+    What is in the weights stays active at the strength that it has there. Of a list of mixes the first counts.
+    """
+    for mix in mixes_of({"": model}).values():
+        now = plan.view(mix)
+        choice = now.choice.rows[0] if now.choice.rows else now.choice
+        singles: dict[int, Single] = {}
+        for _, module, _ in adapted(model):
+            record = plan.record_of(module)
+            if record is not None and record.mix is mix:
+                single = choice.single(record.index)
+                singles[record.index] = _with_fused(setting(record, single), single, now.fused)
+        plan.set(mix, choice=choice.with_singles(singles, now.layers, now.adapters))
+        plan.root(model, mix)
+
+
+def _with_fused(wanted: Single, single: Single, fused: Collection[str]) -> Single:
+    """A setting in which what is in the weights is as it was."""
+    if not fused:
+        return wanted
+    strengths = {name: single.strengths[name] for name in fused if name in single.strengths}
+    active = (*fused, *(name for name in wanted.active if name not in fused))
+    return Single(active, {**wanted.strengths, **strengths}, wanted.enabled)
+
+
 def train(module: nn.Module, names: Sequence[str], flag: bool) -> None:
     """Whether adapters are trained on a module."""
     record = _record(module)
@@ -132,7 +159,7 @@ def unmerge(module: nn.Module) -> None:
     """Take the adapters out of a layer's weight again. Raises AdapterStateError if its base was not kept."""
     record = _record(module)
     if not record.fused:
-        warnings.warn("Already unmerged. Nothing to do.", stacklevel=4)
+        warnings.warn("Already unmerged. Nothing to do.", AdapterStateWarning, stacklevel=4)
         return
     parts = _parts(record.mix)
     with planned(parts) as plan:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, canonical
+from diffpeft.bundle import MEMORY, Bundle, Entry, canonical
 from diffpeft.errors import CannotConvertError, UnknownNameError, listed, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, bare, escaped, is_adapted
 from diffpeft.layers.hooks import present
@@ -140,7 +140,7 @@ def bundle_of(target: object, name: str, family: str) -> Bundle:
             for entry in entries_of(canonical(component, layer), slot):
                 used = shared if METHODS[entry.method].shared else {}
                 entries.append(replace(entry, own=layer, shared=used))
-    bundle = Bundle("memory", family, entries, source=name)
+    bundle = Bundle(MEMORY, family, entries, source=name)
     for adapter in adapters:
         bundle.entries += adapter.absent
         bundle.carried |= adapter.carried

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch.nn as nn
 
 from diffpeft import patterns
 from diffpeft.bundle import COMPONENTS
-from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.errors import AdapterStateError, ConfigError, UnknownNameError, WrongKindError, listed, near, shown
 from diffpeft.layers.carried import ADAPTERS, COPIES, RECORD, Record, base_class
 from diffpeft.layers.hooks import refusal
 from diffpeft.layers.sites import site_of
@@ -62,6 +63,26 @@ def components(target: object) -> dict[str, nn.Module]:
             f"cannot adapt a {type(target).__name__}", remedy="Pass a diffusers pipeline or a torch.nn.Module."
         )
     return adaptable
+
+
+def check_single(model: object, asked: str) -> None:
+    """Raise WrongKindError for what is no model where `asked`, a function of PEFT's, is for one: a pipeline, an id, a config."""
+    if isinstance(model, nn.Module):
+        return
+    parts = getattr(model, "components", None)
+    models = [name for name, part in parts.items() if isinstance(part, nn.Module)] if isinstance(parts, Mapping) else []
+    what, remedy = f"this is a {type(model).__name__}", "Pass a torch.nn.Module."
+    if models:
+        what = f"this is a pipeline, a {type(model).__name__}"
+        remedy = (
+            "On a pipeline diffpeft.attach(pipe, config) makes an adapter, and diffpeft.load_lora(pipe, source) loads one; "
+            f"or pass one of its models: pipe.{min(models, key=[*COMPONENTS, *models].index)}."
+        )
+    elif isinstance(model, (str, os.PathLike)):
+        remedy = "Load the model first, for example with AutoModelForCausalLM.from_pretrained."
+    elif hasattr(model, "peft_type"):
+        remedy = "Model and config stand in the other order."
+    raise WrongKindError(f"{asked} is for a model, and {what}", remedy=remedy)
 
 
 _PRIOR = "prior"
@@ -146,7 +167,7 @@ _OURS = frozenset({ADAPTERS, COPIES})
 
 
 def _walk(model: nn.Module) -> list[_Step]:
-    """All modules of a model in order, each once; nothing of ours is entered.
+    """All modules of a model in order, each once; nothing of ours is entered, and of a layer of peft's only the layer that it is around, under its name.
 
     Walked anew each time: to see that a model is still built as before takes two thirds as long, and a module that somebody has replaced must be seen.
     """
@@ -158,8 +179,13 @@ def _walk(model: nn.Module) -> list[_Step]:
         if id(module) in seen:
             continue
         seen.add(id(module))
-        steps.append(step)
         inside = module._modules
+        if is_pefts(module):
+            inner_layer = inside[INNER]
+            assert inner_layer is not None
+            todo.append((name, inner_layer, step[2]))
+            continue
+        steps.append(step)
         if inside and RECORD in module.__dict__:
             inside = {} if inside.keys() <= _OURS else {n: m for n, m in inside.items() if n not in _OURS}
         if inside:
@@ -168,6 +194,19 @@ def _walk(model: nn.Module) -> list[_Step]:
                 if child is not None:
                     todo.append((name if inner in _LEVELS else level + inner, child, module))
     return steps
+
+
+INNER = "base_layer"  # what a layer of peft's calls the layer that it is around
+
+
+def is_pefts(module: nn.Module) -> bool:
+    """Whether a module is a layer of peft's own, around another."""
+    return INNER in module._modules and type(module).__module__.partition(".")[0] == "peft"
+
+
+def within_pefts(model: nn.Module) -> frozenset[int]:
+    """The ids of the layers that layers of peft's are around."""
+    return frozenset(id(module._modules[INNER]) for module in model.modules() if is_pefts(module))
 
 
 def targets_of(model: nn.Module) -> dict[str, tuple[nn.Module, nn.Module | None]]:

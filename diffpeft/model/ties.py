@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from diffpeft.errors import listed
+from diffpeft.errors import AdapterStateWarning, listed
 from diffpeft.layers.carried import op_of
 from diffpeft.layers.slot import Piece, Slot, pieces_of
 from diffpeft.methods import Spec
@@ -81,6 +81,7 @@ def loosen(plan: Plan, model: nn.Module) -> None:
         said = f"Setting `{FIELD}=False` in the model config." if whole else "They are saved apart."
         warnings.warn(
             f"Input and output embeddings are no longer tied after merging: {listed(f'{prefix}.{t}'.strip('.') for t in broken)}. {said}",
+            AdapterStateWarning,
             stacklevel=4,
         )
         if whole:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from converters.formats.attention import times
+from diffpeft.converters.formats.attention import times
 from diffpeft.errors import ConfigError, shown
 from diffpeft.layers.carried import Copy, Record, bare, bare_copy, op_of, record_of
 from diffpeft.layers.hooks import present

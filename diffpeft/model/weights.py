@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -213,19 +213,34 @@ def _is_thin(step: Step) -> bool:
     return all(part.additive and part.method.thin for part in slot.parts)
 
 
-def unfused(layer: str, module: nn.Module, record: Record) -> tuple[Record, dict[str, Tensor]]:
-    """A record and parameters without anything fused, in the present dtype and on the present device; those that were shared as they were."""
+def unfused(
+    layer: str, module: nn.Module, record: Record, within: Container[int] = ()
+) -> tuple[Record, dict[str, Tensor]]:
+    """A record and parameters without anything fused, in the present dtype and on the present device; those that were shared as they were.
+
+    `within` has the ids of layers that layers of peft's are around: what these have added to a weight, or left of it, stays.
+    """
     if record.base is None:
         raise AdapterStateError(
             f"layer {shown(layer)} was fused with keep_base='none'",
             remedy="Load the model again to get its own weights.",
         )
-    refuse_changed(layer, module, record)
     weights: dict[str, Tensor] = {
         name: record.parted[name] if name in record.parted else old.to(module._parameters[name].data)  # type: ignore[union-attr]
         for name, old in record.base.items()
     }
+    if id(module) in within:
+        weights |= {name: weights[name] + more for name, more in _added(layer, module, record).items()}
+    else:
+        refuse_changed(layer, module, record)
     return record.changed(fused=frozenset(), base=None, sample=None, parted={}), weights
+
+
+def _added(layer: str, module: nn.Module, record: Record) -> dict[str, Tensor]:
+    """What somebody has added to parameters since adapters were fused into them; nothing of those to which nothing was."""
+    again = _again(layer, module, record)
+    present = {name: module._parameters[name].data for name in again}  # type: ignore[union-attr]
+    return {name: t - again[name].to(t) for name, t in present.items() if not _same(t, again[name])}
 
 
 def refuse_changed(layer: str, module: nn.Module, record: Record) -> None:
@@ -245,7 +260,7 @@ def refuse_changed(layer: str, module: nn.Module, record: Record) -> None:
     if wrong is not None:
         raise AdapterStateError(
             f"the {wrong} of layer {shown(layer)} was changed while adapters were fused into it",
-            remedy="Undo that change, or load the model again: unfusing would put back what was there before.",
+            remedy="Undo that change (pipe.unfuse_lora(), if it was peft's), or load the model again: unfusing would put back what was there before.",
         )
 
 

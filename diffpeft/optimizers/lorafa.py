@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from diffpeft.errors import ConfigError, listed
+from diffpeft.errors import ConfigError, OutdatedWarning, listed
 from diffpeft.methods.linalg import wide_dtype
 from diffpeft.optimizers.pairs import pairs_of
 
@@ -148,5 +148,5 @@ def _check_rslora(model: nn.Module, use_rslora: bool | None) -> None:
             remedy="Leave it out: the config says it.",
         )
     warnings.warn(
-        "`use_rslora` of create_lorafa_optimizer is deprecated: the config says it", FutureWarning, stacklevel=3
+        "`use_rslora` of create_lorafa_optimizer is deprecated: the config says it", OutdatedWarning, stacklevel=3
     )

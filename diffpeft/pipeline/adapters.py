@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import nn
 
-from diffpeft.errors import AdapterStateError, shown
+from diffpeft.errors import AdapterStateError, joined, shown
 from diffpeft.model.attach import mixes_of, plan_removed
 from diffpeft.model.fuse import check_order
 from diffpeft.model.lock import exclusive
@@ -21,10 +23,13 @@ from diffpeft.model.root import rooted
 from diffpeft.model.schedule import Clock
 from diffpeft.model.state import slots_of
 from diffpeft.model.target import adapted, components
+from diffpeft.readable import Readable
+
+log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class AdapterStatus:
+@dataclass(frozen=True, repr=False)
+class AdapterStatus(Readable):
     """One adapter: its methods and ranks, the strength that was set, whether it is active, where it sits, and how many numbers it has.
 
     Where a list of mixes was set, `strength` is a tuple of one a prompt, 0.0 where a mix does not name the adapter.
@@ -39,9 +44,23 @@ class AdapterStatus:
     parameters: int
 
 
-def set_adapters(
-    target: object, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
-) -> None:
+Mixes = Mapping[str, Strength] | Sequence[Mapping[str, Strength]]
+# what type checkers take a variable for that holds a mix of numbers, dicts and schedules, or a list of such
+Variable = TypeVar(
+    "Variable",
+    dict[str, object],
+    dict[str, dict[str, object]],
+    list[object],
+    list[dict[str, object]],
+    list[dict[str, dict[str, object]]],
+)
+
+
+@overload
+def set_adapters(target: object, mix: Mixes, images_per_prompt: int = 1) -> None: ...
+@overload
+def set_adapters(target: object, mix: Variable, images_per_prompt: int = 1) -> None: ...
+def set_adapters(target: object, mix: object, images_per_prompt: int = 1) -> None:
     """Make the adapters named in `mix` active, in this order and at these strengths; all others become inactive.
 
     A strength is a number, or numbers by component or block: {"unet": 0.8, "unet.up_blocks.*": 0.2}. A pattern matches a leading run of whole
@@ -54,6 +73,7 @@ def set_adapters(
     parts = components(target)
     with planned(parts) as plan:
         plan_mix(plan, target, parts, mix, images_per_prompt)
+    log.debug("set %r", mix)
 
 
 def plan_mix(
@@ -68,10 +88,12 @@ def plan_mix(
         plan.root(parts[component], mix)
 
 
+@overload
+def adapters(target: object, mix: Mixes, images_per_prompt: int = 1) -> AbstractContextManager[None]: ...
+@overload
+def adapters(target: object, mix: Variable, images_per_prompt: int = 1) -> AbstractContextManager[None]: ...
 @contextlib.contextmanager
-def adapters(
-    target: object, mix: Mapping[str, Strength] | Sequence[Mapping[str, Strength]], images_per_prompt: int = 1
-) -> Iterator[None]:
+def adapters(target: object, mix: object, images_per_prompt: int = 1) -> Iterator[None]:
     """`set_adapters` for this thread, or asyncio task, and this block only. Blocks nest; the inner one replaces the whole mix.
 
     A task hands the mix on with its context: `await asyncio.to_thread(pipe, ...)` inside the block draws with it, a thread started otherwise does
@@ -163,4 +185,5 @@ def unload(target: object, names: str | Sequence[str] | None = None) -> None:
     """
     parts = components(target)
     with planned(parts) as plan:
-        plan_removed(plan, parts, None if names is None else {names} if isinstance(names, str) else set(names))
+        gone = plan_removed(plan, parts, None if names is None else {names} if isinstance(names, str) else set(names))
+    log.info("unloaded %s", joined(sorted(gone)) or "nothing")

@@ -20,10 +20,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor, nn
 
-import converters
-from converters.rows import Unfit, split
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import COMPONENTS, Handle, dotted, parted
+from diffpeft.converters.locating import located
+from diffpeft.converters.rows import Unfit, split
 from diffpeft.errors import (
     AdapterStateError,
     CheckpointError,
@@ -42,7 +42,6 @@ from diffpeft.methods.linalg import is_finite, wide_dtype
 from diffpeft.model.target import adapted, layers_of, spellings
 from diffpeft.pipeline.complete import class_of
 from diffpeft.pipeline.load import load_lora
-from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.open import check_model
 
 Adapters = Sequence[tuple[str | os.PathLike[str] | Mapping[str, Tensor], float]]  # what is fused, and how strong

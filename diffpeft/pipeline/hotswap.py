@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from diffpeft import io
 from diffpeft.bundle import Bundle, dotted
+from diffpeft.converters.locating import Where
 from diffpeft.errors import AdapterStateError, ShapeMismatchError, UnknownNameError, listed, shown
 from diffpeft.layers.slot import Part, Slot, pieces_of
 from diffpeft.methods.layout import OFF
@@ -20,8 +23,10 @@ from diffpeft.model.plan import Plan, planned
 from diffpeft.model.room import LORAS, fitted
 from diffpeft.model.state import slots_in
 from diffpeft.model.target import components, layers_of
-from diffpeft.pipeline.load import LoadReport, beside_of, opened, report_of
+from diffpeft.pipeline.load import Hints, LoadReport, beside_of, opened, report_of
 from diffpeft.pipeline.match import matched
+
+log = logging.getLogger(__name__)
 
 Writes = list[tuple[Tensor, Tensor]]  # a parameter, and what it is to be
 Slots = Mapping[str, Mapping[str, Slot]]  # {component: {layer: slot}}
@@ -34,8 +39,7 @@ def replace(
     *,
     strict: bool = True,
     family: str | None = None,
-    revision: str | None = None,
-    filename: str | None = None,
+    **where: Unpack[Where],
 ) -> LoadReport:
     """Put another adapter in the place of the one called `name`: same tensors in memory, same strength, no recompilation.
 
@@ -50,8 +54,10 @@ def replace(
         _check_idle(name, mixes, slots)
         _refuse_trained(name, slots)
         layers = {component: layers_of(model) for component, model in parts.items()}
-        bundle = opened(target, source, layers, family=family, revision=revision, filename=filename)
-        return plan_replaced(plan, parts, name, bundle, strict=strict)
+        bundle = opened(target, source, layers, Hints(family, where))
+        report = plan_replaced(plan, parts, name, bundle, strict=strict)
+    log.info("replaced by %r", report)
+    return report
 
 
 def plan_replaced(

@@ -12,11 +12,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from converters.conversion import as_lora
-from converters.rows import Unfit, split
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle, canonical
-from diffpeft.errors import ShapeMismatchError, listed, shown
+from diffpeft.converters.conversion import as_lora
+from diffpeft.converters.rows import Unfit, split
+from diffpeft.errors import CheckpointWarning, ShapeMismatchError, listed, shown
 from diffpeft.layers.carried import base_class, op_of
 from diffpeft.layers.sites import site_of
 from diffpeft.layers.slot import BIAS
@@ -40,13 +40,15 @@ def separated(bundle: Bundle, layers: Mapping[str, Mapping[str, tuple[nn.Module,
             entries += split(entry)
         except Unfit:
             if set(entry.targets) <= modules.keys():
-                _check(entry, [modules[target] for target in entry.targets], bundle.source)
+                check_joint(entry, [modules[target] for target in entry.targets], bundle.source)
                 entries += _worked_out(bundle, entry, modules, dense)
             else:
                 entries += [replace(entry, layer=target, rule=None) for target in entry.targets]
     if dense:
         warnings.warn(
-            f"{len(dense)} layers got whole differences from their present weights: {listed(dense, 5)}", stacklevel=5
+            f"{len(dense)} layers got whole differences from their present weights: {listed(dense, 5)}",
+            CheckpointWarning,
+            stacklevel=5,
         )
     return replace(bundle, entries=entries)
 
@@ -64,7 +66,7 @@ def _worked_out(bundle: Bundle, entry: Entry, modules: Mapping[str, nn.Module], 
     return [replace(plain, layer=layer, tensors={"diff": _like(entry, delta)}) for layer, delta in deltas.items()]
 
 
-def _check(entry: Entry, modules: Sequence[nn.Module], source: str) -> None:
+def check_joint(entry: Entry, modules: Sequence[nn.Module], source: str) -> None:
     """Raise ShapeMismatchError for tensors that do not fit the layers that are one in the original program."""
     parts = [site.geometry_of(m) for m in modules if (site := site_of(base_class(m))) is not None]
     joint = replace(parts[0], out=sum(part.out for part in parts))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import os
 import re
 import warnings
@@ -15,15 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-import converters
-from converters.sizes import grouped
-from diffpeft import io
-from diffpeft.bundle import Bundle, Entry, dotted
+from diffpeft import converters, io
+from diffpeft.bundle import Bundle, Entry, dotted, parted
+from diffpeft.converters.locating import Where, located, name_in
+from diffpeft.converters.sizes import grouped
 from diffpeft.errors import (
+    CheckpointWarning,
     ConfigError,
     WrongBaseError,
     inside,
     listed,
+    one_of,
     shown,
 )
 from diffpeft.families import family_of, is_unnamed
@@ -37,8 +40,10 @@ from diffpeft.model.plan import Plan, planned
 from diffpeft.model.state import bundle_of
 from diffpeft.model.target import components, walked
 from diffpeft.pipeline.joint import separated
-from diffpeft.pipeline.locate import located
 from diffpeft.pipeline.match import LayersByComponent, in_memory, matched
+from diffpeft.readable import Readable, family_in_words, keys_in_words
+
+log = logging.getLogger(__name__)
 
 _FILES = ("diffusers", "kohya", "kohya-diffusers", "lycoris")  # formats of one file, the preferred one first
 
@@ -51,13 +56,12 @@ class Hints(NamedTuple):
     """What the user says of a source beside itself: see `load_lora`."""
 
     family: str | None = None
-    revision: str | None = None
-    filename: str | None = None
+    where: Where = {}  # noqa: RUF012
     alpha: float | None = None
 
 
-@dataclass(frozen=True)
-class LoadReport:
+@dataclass(frozen=True, repr=False)
+class LoadReport(Readable):
     """What a load did. `matched` are the layers adapted, `carried` the keys that were kept but not applied."""
 
     name: str
@@ -67,6 +71,20 @@ class LoadReport:
     matched: tuple[str, ...]
     carried: tuple[str, ...]
     trigger_words: tuple[str, ...]
+
+    def _title(self) -> str:
+        return self.name
+
+    def _rows(self) -> dict[str, str]:
+        components = dict.fromkeys(parted(layer)[0] or "the model" for layer in self.matched)
+        return {
+            "format": self.format,
+            "family": family_in_words(self.family),
+            "methods": ", ".join(sorted(self.methods)),
+            "layers": f"{len(self.matched)} in {', '.join(components)}",
+            "trigger words": ", ".join(self.trigger_words),
+            "without effect": keys_in_words(self.carried),
+        }
 
 
 def load_lora(
@@ -82,29 +100,49 @@ def load_lora(
     revision: str | None = None,
     filename: str | None = None,
     alpha: float | None = None,
+    active: bool = True,
+    adapter_name: str | None = None,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
 ) -> LoadReport:
     """Load an adapter onto a pipeline (or one of its models) and activate it at strength `weight`, after those already active.
 
     Args:
-        source: a .safetensors file, a folder with one, a PEFT folder, a dict of tensors, a Bundle, or a Hub id (`revision`, `filename`).
-        name: default: the file's name without its ending.
+        source: a .safetensors file, a folder with one, a PEFT folder, a dict of tensors, a Bundle, a Hub id, or a link to the Hub.
+        name: default: the file's name without its ending. `adapter_name` is the same, as diffusers calls it.
         strict: False carries an adapter's tensors for layers that the model lacks, with a warning, instead of refusing the file.
         trainable: the tensors get gradients, and are float32.
         max_rank: room for LoRAs of up to this rank, that `replace` may put in the place of this one.
         family: overrides the detected family.
         alpha: of layers for which the file tells none (PEFT's names without a config): the update is alpha / rank * B A. Default: the rank.
+        active: False leaves the adapter off until `set_adapters` names it.
+        filename, subfolder: which file of a folder or a repository, where several may be meant; `weight_name` is the same as `filename`.
+        revision, token, cache_dir: of a repository on the Hub.
 
     Raises CheckpointError and its kin, UnknownNameError, ConfigError or AdapterStateError, in which case nothing has changed.
     """
-    name = _default_name(source) if name is None else name
+    file = one_of(filename=filename, weight_name=weight_name)
+    name = one_of(name=name, adapter_name=adapter_name)
+    name = _default_name(source, file) if name is None else name
     check_name(name)
     check_strength(name, weight)
     check_max_rank(max_rank, trainable)
-    parts, hints = components(target), Hints(family, revision, filename, alpha)
+    where: Where = {
+        "filename": file,
+        "subfolder": subfolder,
+        "revision": revision,
+        "token": token,
+        "cache_dir": cache_dir,
+    }
+    parts, hints, strength = components(target), Hints(family, where, alpha), weight if active else None
     with _uncollected(), planned(parts) as plan:
-        return _plan_loaded(
-            plan, target, parts, source, hints, name, weight, strict=strict, trainable=trainable, max_rank=max_rank
+        report = _plan_loaded(
+            plan, target, parts, source, hints, name, strength, strict=strict, trainable=trainable, max_rank=max_rank
         )
+    log.info("loaded %r", report)
+    return report
 
 
 def _plan_loaded(
@@ -114,7 +152,7 @@ def _plan_loaded(
     source: Source,
     hints: Hints,
     name: str,
-    weight: float,
+    strength: float | None,
     *,
     strict: bool,
     trainable: bool,
@@ -125,10 +163,10 @@ def _plan_loaded(
     layers = {component: by_layer for component, (by_layer, _) in walks.items()}
     mixes = mixes_of(parts, {component: adapted for component, (_, adapted) in walks.items()})
     refuse_duplicate(name, mixes.values())
-    bundle = opened(target, source, layers, **hints._asdict())
+    bundle = opened(target, source, layers, hints)
     with inside(bundle.source):
         slots, absent = matched(bundle, parts, layers, strict=strict, trainable=trainable, max_rank=max_rank)
-        _plan_slots(plan, name, weight, bundle, slots, absent, parts, layers, mixes)
+        _plan_slots(plan, name, strength, bundle, slots, absent, parts, layers, mixes)
     report = report_of(name, bundle, slots, absent)
     _warn(report, bundle, slots)  # before the commit: a warning may be an error
     return report
@@ -154,28 +192,24 @@ def check_max_rank(max_rank: int | None, trainable: bool) -> None:
         raise ConfigError("max_rank is for adapters that are not trained", remedy="Leave out trainable=True.")
 
 
-def opened(
-    target: object,
-    source: Source,
-    layers: LayersByComponent,
-    *,
-    family: str | None,
-    revision: str | None,
-    filename: str | None,
-    alpha: float | None = None,
-) -> Bundle:
+def opened(target: object, source: Source, layers: LayersByComponent, hints: Hints) -> Bundle:
     """What is to be loaded, in the model's own layers. Raises CheckpointError and its kin."""
-    expected = family or family_of(target)
+    return separated(read_for(target, source, layers, hints), layers)
+
+
+def read_for(target: object, source: Source, layers: LayersByComponent, hints: Hints) -> Bundle:
+    """What is to be loaded, joint layers as the file has them. Raises CheckpointError and its kin."""
+    expected = hints.family or family_of(target)
     if isinstance(source, Bundle):
         bundle = source
         if expected is not None and bundle.family and expected not in (bundle.families or (bundle.family,)):
             raise _wrong_base(bundle.families or (bundle.family,), expected, bundle.source)
     else:
         shapes = {c: {n: _shape(m) for n, (m, _) in by.items() if _has_weights(m)} for c, by in layers.items()}
-        bundle = _read(located(source, revision, filename), expected, family, shapes, alpha)
+        bundle = _read(located(source, **hints.where), expected, hints.family, shapes, hints.alpha)
     if expected is None and is_unnamed(target):
         bundle = replace(bundle, family="", families=())
-    return separated(bundle, layers)
+    return bundle
 
 
 def _shape(module: nn.Module) -> tuple[int, ...] | None:
@@ -224,13 +258,14 @@ def save_lora(
         formats = _FILES if os.fspath(path).endswith(".safetensors") else ("peft",)
         format = next((f for f in formats if not converters.refusal(bundle, f)), formats[0])
     converters.write(bundle, path, format=format, dtype=dtype, overwrite=overwrite)
+    log.info("saved %r as %s: %s", name, format, path)
 
 
-def _default_name(source: Source) -> str:
+def _default_name(source: Source, filename: str | None) -> str:
     """The file's name without its ending, with nothing in it but letters, digits, dots, underscores and hyphens."""
     if not isinstance(source, (str, os.PathLike)):
         return "default"
-    stem = Path(source).name.removesuffix(".safetensors")
+    stem = name_in(source, filename)
     return re.sub(r"[^A-Za-z0-9._-]", "_", "" if stem == ".." else stem)[:128] or "default"
 
 
@@ -286,7 +321,7 @@ def _entry_in_memory(entry: Entry) -> Entry:
 def _plan_slots(
     plan: Plan,
     name: str,
-    weight: float,
+    strength: float | None,
     bundle: Bundle,
     slots: Mapping[str, Mapping[str, Slot]],
     absent: Sequence[Entry],
@@ -301,11 +336,11 @@ def _plan_slots(
         if by_layer:
             modules = {layer: layers[component][layer][0] for layer in by_layer}
             adapter = Adapter(name, tuple(by_layer), **beside)
-            mix = install(plan, component, modules, by_layer, mixes.get(component), adapter, weight)
+            mix = install(plan, component, modules, by_layer, mixes.get(component), adapter, strength)
             plan.root(parts[component], mix)
             changed.append(plan.view(mix))
             beside = {}
-    check_mix({name: weight}, changed, layers)
+    check_mix({name: 1.0 if strength is None else strength}, changed)
 
 
 def beside_of(bundle: Bundle, absent: Sequence[Entry]) -> dict[str, Any]:
@@ -337,4 +372,6 @@ def _warn(report: LoadReport, bundle: Bundle, slots: Mapping[str, Mapping[str, S
         (OVERSIZED, large),
     ):
         if names:
-            warnings.warn(f"adapter {report.name!r}: {len(names)} {what}: {listed(names, 5)}", stacklevel=4)
+            warnings.warn(
+                f"adapter {report.name!r}: {len(names)} {what}: {listed(names, 5)}", CheckpointWarning, stacklevel=4
+            )

@@ -58,7 +58,7 @@ def matched(
 
     With `max_rank` the LoRAs' parameters have room for that rank.
     """
-    _refuse_base_keys(bundle, parts)
+    refuse_base_keys(bundle, parts)
     placed, absent = _placed(bundle, parts, layers, strict)
     specs = _checked(bundle, placed, parts, layers)
     slots: Slots = {component: {} for component in parts}
@@ -82,6 +82,17 @@ def _share(slots: Mapping[str, Slot], entries: Sequence[Entry], source: str) -> 
     share(slots, tensors)
 
 
+def owners_of(layers: LayersByComponent) -> dict[str, LayerPlace]:
+    """{name: where it is} of all names that a model's layers go by."""
+    return {
+        name: (component, layer)
+        for component, by_layer in layers.items()
+        for layer in by_layer
+        for spelt in spellings(layer, component)
+        for name in (canonical(component, layer), dotted(component, spelt))
+    }
+
+
 def _placed(
     bundle: Bundle, parts: Mapping[str, nn.Module], layers: LayersByComponent, strict: bool
 ) -> tuple[list[tuple[Entry, LayerPlace]], list[Entry]]:
@@ -89,13 +100,7 @@ def _placed(
 
     Raises UnknownKeysError if a component that is there lacks a layer (strict), or if no entry has a place.
     """
-    owners = {
-        name: (component, layer)
-        for component, by_layer in layers.items()
-        for layer in by_layer
-        for spelt in spellings(layer, component)
-        for name in (canonical(component, layer), dotted(component, spelt))
-    }
+    owners = owners_of(layers)
     placed = [(entry, owners[entry.layer]) for entry in bundle.entries if entry.layer in owners]
     absent: list[Entry] = []  # of components that are not there
     unknown: list[Entry] = []  # of components that are there
@@ -149,7 +154,7 @@ def _slot(made: Made, module: nn.Module, trainable: bool, max_rank: int | None, 
     return slot
 
 
-def _refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
+def refuse_base_keys(bundle: Bundle, parts: Mapping[str, nn.Module]) -> None:
     """A key that names a parameter of the base must never reach it."""
     parameters = {
         name
@@ -177,10 +182,10 @@ def _checked(
     """What each entry's method must know beside its tensors. Raises if one does not fit its layer."""
     _refuse_two(bundle, placed)
     modules = [layers[component][layer] for _, (component, layer) in placed]
-    specs = [_spec(entry, module) for (entry, _), (module, _) in zip(placed, modules, strict=True)]
+    specs = [spec_of(entry, module) for (entry, _), (module, _) in zip(placed, modules, strict=True)]
     wrong: list[str] = []
     for (entry, _), spec in zip(placed, specs, strict=True):
-        wrong += _misfits(bundle, entry, spec)
+        wrong += misfits(bundle, entry, spec)
     if wrong:
         raise ShapeMismatchError(
             f"size mismatch in {len(wrong)} of {len(placed)} layers: {wrong[0]}",
@@ -207,7 +212,7 @@ def _refuse_two(bundle: Bundle, placed: Sequence[tuple[Entry, LayerPlace]]) -> N
         taken |= roles
 
 
-def _misfits(bundle: Bundle, entry: Entry, spec: Spec) -> list[str]:
+def misfits(bundle: Bundle, entry: Entry, spec: Spec) -> list[str]:
     """In what an entry's tensors do not fit its layer, in words. Raises ShapeMismatchError for a control LoRA."""
     factors = {role: handle for role, handle in entry.tensors.items() if role != BIAS}
     why = METHODS[entry.method].check(factors, spec) or _unshared(entry, spec)
@@ -251,7 +256,7 @@ _INPUTS = (
 )
 
 
-def _spec(entry: Entry, module: nn.Module) -> Spec:
+def spec_of(entry: Entry, module: nn.Module) -> Spec:
     site = site_of(base_class(module))
     assert site is not None
     return Spec(site.geometry_of(module), io.number(entry.alpha), entry.options)

@@ -9,17 +9,18 @@ import contextlib
 import functools
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from diffpeft import io
+from diffpeft.converters.locating import HUB_ID, on_hub
 from diffpeft.errors import CheckpointError, ConfigError, DiffpeftError, near
 from diffpeft.families.parts import Component, Parts, Pipeline, configs_of
 from diffpeft.files import Json
 from diffpeft.io import refuse_pickle
-from diffpeft.pipeline import few_bits
+from diffpeft.pipeline import few_bits, guardrail
 from diffpeft.pipeline.complete import (
     class_of,
     complete_model,
@@ -28,7 +29,6 @@ from diffpeft.pipeline.complete import (
     read_json,
     refuse_placeholders,
 )
-from diffpeft.pipeline.locate import HUB_ID, on_hub
 from diffpeft.pipeline.split import assigned, filled
 
 if TYPE_CHECKING:
@@ -115,10 +115,11 @@ def check_exists(model: str, remedy: str) -> None:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a pipeline's files say of it without loading anything: the name of its class, and the configs of its denoiser and its VAE."""
+    """What a pipeline's files say of it without loading anything: the name of its class, the configs of its denoiser and its VAE, and its denoisers."""
 
     pipeline: str | None = None
     configs: Mapping[str, Json] = field(default_factory=dict)
+    denoisers: tuple[str, ...] = ()
 
 
 def facts(model: str | None) -> Facts:
@@ -128,7 +129,9 @@ def facts(model: str | None) -> Facts:
     names = [part for part in ("unet", "transformer", "vae") if part in index]
     # without an index there is no network, which is asked once
     return Facts(
-        name if isinstance(name, str) else None, {part: _config(model, f"{part}/config.json") for part in names}
+        name if isinstance(name, str) else None,
+        {part: _config(model, f"{part}/config.json") for part in names},
+        tuple(part for part, kind in index.items() if denoises(part) and isinstance(kind, list) and any(kind)),
     )
 
 
@@ -162,14 +165,16 @@ def open_parts(
     *,
     vae: str | None = None,
     text_encoders: Sequence[str] = (),
+    denoiser: str | None = None,
     dtype: str = "fp32",
     device: str = "cpu",
     placed: Callable[[str, nn.Module], nn.Module] | None = None,
 ) -> Parts:
     """The same, but each model is loaded when it is first asked for.
 
-    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone; `placed` puts a model, by its name, where it belongs:
-    on the device. Raises CheckpointError if there is no such pipeline; what is wrong with the weights of a model is told when it is loaded.
+    `vae` and `text_encoders` are files of these, where `model` is one of a denoiser alone, and `denoiser` says which, if the pipeline has several; `placed`
+    puts a model, by its name, where it belongs: on the device. Raises CheckpointError if there is no such pipeline, ConfigError for a file of one of two
+    denoisers, if nothing says which; what is wrong with the weights of a model is told when it is loaded.
     """
     check_model(model, base, vae, text_encoders)
     source, kind = Path(model) if model else EMBEDDED, dtype_of(dtype)
@@ -179,7 +184,8 @@ def open_parts(
         skeletons |= {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
         unused = {"safety_checker": None} if source.is_file() and "safety_checker" in skeletons else {}
         unused |= _left_out(folder)
-        pipe = _pipeline_class(folder).from_pretrained(folder, dtype=kind, **skeletons | unused)
+        cls = _pipeline_class(folder)
+        pipe = cls.from_pretrained(folder, dtype=kind, **skeletons | unused | guardrail.stand_in(cls))
         configs = configs_of(pipe)
         for name in skeletons:
             setattr(pipe, name, None)
@@ -187,9 +193,24 @@ def open_parts(
             _mark(pipe, source)
     encoders = {name: model for name, model in skeletons.items() if name.startswith("text_encoder")}
     files = assigned(text_encoders, encoders)
-    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files, placed)
+    denoiser = denoiser or _denoiser_in(source, skeletons)
+    opened = _Files(source, folder, type(pipe), skeletons, kind, device, vae, files, denoiser, placed)
     loaders = {name: functools.partial(opened.load, name) for name in skeletons.keys() - unused.keys()}
     return Parts(pipe, loaders, skeletons, configs)
+
+
+def weightless(model: str | None = None, base: str | None = None) -> object:
+    """A pipeline as far as its configs tell it: its class's name, and its models without numbers. No weights are read.
+
+    Raises CheckpointError if there is no such pipeline.
+    """
+    check_model(model, base)
+    source = Path(model) if model else EMBEDDED
+    with _told(source, {}):
+        folder = _folder(source, base)
+        parts = {name: _skeleton(cls, folder / name) for name, cls in _models(folder).items()}
+        kind = _pipeline_class(folder)
+    return type(kind.__name__, (), {**parts, "components": parts})()
 
 
 @contextlib.contextmanager
@@ -240,9 +261,14 @@ def _pipeline_class(folder: Path) -> type[Component]:
     """The class of a folder's pipeline. DiffusionPipeline itself would load components that the class may be without, also where they are handed to it."""
     import diffusers
 
-    cls: type[Component] = getattr(
-        diffusers, str(read_json(folder / INDEX).get("_class_name")), diffusers.DiffusionPipeline
-    )
+    name = read_json(folder / INDEX).get("_class_name")
+    if name and not hasattr(diffusers, str(name)):
+        raise CheckpointError(
+            f"diffusers {diffusers.__version__} has no {name}",
+            where=folder,
+            remedy="A newer diffusers may have it: pip install -U diffusers. Pipelines with code of their own cannot be opened.",
+        )
+    cls: type[Component] = getattr(diffusers, str(name), diffusers.DiffusionPipeline)
     return cls
 
 
@@ -277,6 +303,35 @@ def _mark(pipe: Pipeline, file: Path) -> None:
 _PREDICTS_V, _ZERO_SNR = "v_pred", "ztsnr"  # empty tensors in single files
 
 
+# what names of other models than the denoiser begin with, in the checkpoint of a whole pipeline
+_BESIDE = {
+    "vae": ("first_stage_model.", "vae."),
+    "text_encoder": ("cond_stage_model.", "conditioner.", "text_encoders.", "text_encoder."),
+}
+
+
+def _holds(file: Path, component: str) -> bool:
+    """Whether a single file holds another model than the denoiser of its pipeline."""
+    kind = next((kind for kind in _BESIDE if component.startswith(kind)), None)
+    begin = _BESIDE[kind] if kind else tuple(start for starts in _BESIDE.values() for start in starts)
+    return file.suffix != few_bits.GGUF and any(name.startswith(begin) for name in io.header(file)[0])
+
+
+def _denoiser_in(file: Path, skeletons: Iterable[str]) -> str | None:
+    """The denoiser of a pipeline that a single file is of: the first. Raises ConfigError if there are two, for much noise and for little."""
+    denoisers = [name for name in skeletons if denoises(name)]
+    if file.is_file() and {*denoisers} >= _EXPERTS:
+        raise ConfigError(
+            "the file holds one denoiser, and its base has two, for much noise and for little",
+            where=file,
+            remedy="Say whose it is, with --experts high or --experts low where an adapter is trained, or pass the folder that has both.",
+        )
+    return next(iter(sorted(denoisers, key=len)), None)
+
+
+_EXPERTS = frozenset({"transformer", "transformer_2"})
+
+
 def denoises(component: str) -> bool:
     """Whether a component of pipelines is a denoiser, by its name."""
     return not {"unet", "transformer"}.isdisjoint(component.split("_"))
@@ -294,6 +349,7 @@ class _Files:
     device: str
     vae: str | None
     text_encoders: Mapping[str, str]
+    denoiser: str | None  # that a single file is of
     placed: Callable[[str, nn.Module], nn.Module] | None
 
     def load(self, name: str) -> Component:
@@ -303,20 +359,30 @@ class _Files:
             return self.placed(name, model) if self.placed else model.to(self.device)
 
     def _on_the_host(self, name: str) -> Component:
-        cls = type(self.skeletons[name])
-        alone = self.source.suffix == few_bits.GGUF and not denoises(
-            name
-        )  # a file of a denoiser; its base may have the others
-        if alone and name not in self.text_encoders and not (name == "vae" and self.vae):
-            return complete_model(cls, self.folder / name, name, dtype=self.dtype)
-        if not self.source.is_file():
-            return complete_model(cls, self.folder / name, name, dtype=self.dtype)
+        if not self.source.is_file() or self._is_of_the_base(name):
+            return complete_model(type(self.skeletons[name]), self.folder / name, name, dtype=self.dtype)
         if name in self.text_encoders:
             model: Component = filled(self.skeletons[name], self.text_encoders[name], self.dtype)
         else:
             model = self._from_single_file(name)
         refuse_placeholders(name, model, self.source)
         return model
+
+    def _is_of_the_base(self, name: str) -> bool:
+        """Whether a model is read out of the base's folder: the single file is another denoiser, or has no such model, and no other file was named for it.
+
+        Raises CheckpointError for a base without its weights.
+        """
+        named = name == self.denoiser or name in self.text_encoders or (name == "vae" and self.vae)
+        if named or (not denoises(name) and _holds(self.source, name)):
+            return False
+        if not any(path.suffix in (".safetensors", ".bin") for path in (self.folder / name).iterdir()):
+            raise CheckpointError(
+                f"this file holds no {name}, and its base has no weights of it",
+                where=self.source,
+                remedy="Pass with --base a folder that has them, or files of the VAE and the text encoders: --vae, --text-encoder.",
+            )
+        return True
 
     def _from_single_file(self, name: str) -> Component:
         """A model out of the checkpoint of a whole pipeline, or of a denoiser or a VAE alone."""

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import converters
-from converters.families.base import Table
+from diffpeft import converters
 from diffpeft.bundle import COMPONENTS
+from diffpeft.converters.families.base import Table
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 
 Value = TypeVar("Value")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from converters.rows import Unfit, split
 from diffpeft.bundle import Bundle, Entry
+from diffpeft.converters.rows import Unfit, split
 from diffpeft.errors import CannotConvertError, WrongBaseError, shown
 
 Terms = list[tuple[int, Entry]]  # of one layer: (which of the bundles, what it has)

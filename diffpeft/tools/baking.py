@@ -11,13 +11,14 @@ from diffpeft.bundle import Bundle, Entry, Handle, parted
 from diffpeft.errors import CannotConvertError, ConfigError, listed
 from diffpeft.files import refuse_existing
 from diffpeft.pipeline.prompt import Tag, block_weights, strengths
+from diffpeft.readable import Readable
 from diffpeft.tools.choosing import check_used, layers_of, of_blocks, one_answer, read, ways
 from diffpeft.tools.rewriting import Changes, rewrite
 from diffpeft.tools.scaling import scaled, unscalable
 
 
-@dataclass(frozen=True)
-class BakeReport:
+@dataclass(frozen=True, repr=False)
+class BakeReport(Readable):
     """The weight that each layer got, by diffusers' names; layers of weight 0 are left out of the file."""
 
     path: str

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import TypeVar
 
-import converters
-from diffpeft import patterns
+from diffpeft import converters, patterns
 from diffpeft.bundle import Bundle, Entry, parted
 from diffpeft.errors import CannotConvertError, ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.pipeline.prompt import VECTORS, places
@@ -71,7 +70,7 @@ def one_answer(entry: Entry, answers: Sequence[Answer], source: str) -> Answer:
 
 def read(source: str, family: str | None) -> Bundle:
     """The adapter in a file or folder. Raises ConfigError for one without layers."""
-    from diffpeft.pipeline.locate import located
+    from diffpeft.converters import located
 
     bundle = converters.read(located(source), family=family)
     if not bundle.entries:

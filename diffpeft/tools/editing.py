@@ -8,12 +8,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from converters.hashes import hashes
-from converters.spelling import HASHES
 from diffpeft import io
 from diffpeft.bundle import Handle
+from diffpeft.converters.hashes import hashes
+from diffpeft.converters.spelling import HASHES
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 from diffpeft.files import refuse_existing
+from diffpeft.readable import Readable
 from diffpeft.tools.catalogue import smaller
 from diffpeft.tools.listing import THUMBNAIL
 
@@ -21,8 +22,8 @@ WORDS, TRAINED = "modelspec.trigger_phrase", "trained_words"
 SIDE = 256  # pixels of a thumbnail, as ModelSpec has it
 
 
-@dataclass(frozen=True)
-class EditReport:
+@dataclass(frozen=True, repr=False)
+class EditReport(Readable):
     """What an edit did: the file that has it, and the keys of the metadata that were set anew and taken away."""
 
     path: str

@@ -11,11 +11,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-import converters
-from converters.conversion import dtype_named
-from converters.formats import FORMATS
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.converters.conversion import dtype_named
+from diffpeft.converters.formats import FORMATS
 from diffpeft.errors import ConfigError, ShapeMismatchError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.files import refuse_existing
 from diffpeft.methods.config import check_choice
@@ -23,6 +22,7 @@ from diffpeft.methods.layout import BIAS
 from diffpeft.methods.lokr import factorization
 from diffpeft.methods.lowrank import Spectrum, leading, nearest_kronecker, of_matrix, ranks_for
 from diffpeft.methods.shapes import rank as rank_of
+from diffpeft.readable import Readable
 from diffpeft.tools.merging import with_note
 from diffpeft.tools.models import ModelLayer, Weights, common_layers, weights_of
 from diffpeft.tools.updates import check_cut, full_entry, lora_entry, stored
@@ -31,8 +31,8 @@ METHODS = ("lora", "lokr", "full")
 _RANK = 16  # where neither rank nor energy is told
 
 
-@dataclass(frozen=True)
-class ExtractReport:
+@dataclass(frozen=True, repr=False)
+class ExtractReport(Readable):
     """What an extraction did.
 
     `residuals`: {layer: norm of what the adapter leaves out / norm of the difference}, `residual` that of all layers that it holds; `ranks` {layer: rank}.

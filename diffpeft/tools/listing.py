@@ -8,14 +8,15 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import converters
-from converters.detection import Signature, signature
-from converters.formats.peft import FILE, WEIGHTS
-from converters.inspection import FileOutline, outline
-from converters.opening import opened
+from diffpeft import converters
 from diffpeft.bundle import trigger_words
+from diffpeft.converters.detection import Signature, signature
+from diffpeft.converters.formats.peft import FILE, WEIGHTS
+from diffpeft.converters.inspection import FileOutline, outline
+from diffpeft.converters.opening import opened
 from diffpeft.errors import CheckpointError, DiffpeftError, UnreadableFileError
 from diffpeft.files import present
+from diffpeft.readable import Readable
 
 END = ".safetensors"
 THUMBNAIL = "modelspec.thumbnail"
@@ -23,8 +24,8 @@ PICTURES = tuple(f"{middle}{end}" for end in (".png", ".jpg", ".jpeg", ".webp") 
 _DATA = re.compile(r"data:image/(?:png|jpeg|webp|gif);base64,[A-Za-z0-9+/=\s]+")
 
 
-@dataclass(frozen=True)
-class AdapterRow:
+@dataclass(frozen=True, repr=False)
+class AdapterRow(Readable):
     """One adapter of a folder.
 
     Args:
@@ -139,7 +140,7 @@ def of_argument(text: str) -> list[Path]:
 
     Raises CheckpointError for a folder without any.
     """
-    from diffpeft.pipeline.locate import located
+    from diffpeft.converters import located
 
     folder = Path(text)
     if not folder.is_dir():

@@ -15,12 +15,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import converters
-from converters.conversion import dtype_named
-from converters.formats import FORMATS
-from converters.spelling import Draft
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import Bundle, Entry, Handle, trigger_words
+from diffpeft.converters.conversion import dtype_named
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.spelling import Draft
 from diffpeft.errors import CannotConvertError, ConfigError, ShapeMismatchError, inside, listed, shown
 from diffpeft.files import refuse_existing
 from diffpeft.methods.config import check_choice, check_rank
@@ -28,6 +27,7 @@ from diffpeft.methods.layout import BIAS
 from diffpeft.methods.lowrank import Pair, Spectrum, leading, of_matrix, of_product, product_norm
 from diffpeft.methods.merging import HOW, merged
 from diffpeft.methods.shapes import rank as rank_of
+from diffpeft.readable import Readable
 from diffpeft.tools.aligning import Terms, aligned, common_family, parts_of
 from diffpeft.tools.baking import weights_by_layer
 from diffpeft.tools.choosing import read
@@ -58,8 +58,8 @@ _OF_THE_BASE = (
 _ZERO = 1e-12  # singular values below this share of the first are rounding
 
 
-@dataclass(frozen=True)
-class MergeReport:
+@dataclass(frozen=True, repr=False)
+class MergeReport(Readable):
     """What became of a merge.
 
     `errors`: {layer: norm of the error / norm of the sum}, rounding to the file's dtype among it; `error` is that of all layers together. `ranks`

@@ -13,11 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
-import converters
-from converters.families import TABLES
-from converters.opening import Opened
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import COMPONENTS, Entry, Handle, dotted, parted
+from diffpeft.converters.families import TABLES
+from diffpeft.converters.opening import Opened
 from diffpeft.errors import CheckpointError, DiffpeftError, inside
 from diffpeft.families import family_of
 from diffpeft.pipeline.bake import component_files

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 
 from diffpeft.errors import ConfigError
 from diffpeft.files import refuse_existing
+from diffpeft.readable import Readable
 from diffpeft.tools.choosing import Matches, check_used, of_blocks, of_layers, one_answer, read
 from diffpeft.tools.rewriting import rewrite
 
 
-@dataclass(frozen=True)
-class PruneReport:
+@dataclass(frozen=True, repr=False)
+class PruneReport(Readable):
     """What was left out, by diffusers' names of layers, and how many layers are left."""
 
     path: str

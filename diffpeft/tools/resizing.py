@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from converters.writing import files, planned
 from diffpeft import io
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.converters.writing import files, planned
 from diffpeft.errors import CannotConvertError, ConfigError, inside, listed, shown
 from diffpeft.files import refuse_existing
 from diffpeft.methods.layout import BIAS, LAYOUTS, MAGNITUDES
 from diffpeft.methods.lowrank import Spectrum, of_matrix, of_product, ranks_for
 from diffpeft.methods.shapes import rank as rank_of
+from diffpeft.readable import Readable
 from diffpeft.tools.choosing import read
 from diffpeft.tools.rewriting import rewrite
 from diffpeft.tools.scaling import scaled, unscalable
@@ -40,8 +41,8 @@ _UNITS = {"": 1, "B": 1, "K": 10**3, "M": 10**6, "G": 10**9, "KI": 2**10, "MI": 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]I?|)B?\s*", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
-class ResizeReport:
+@dataclass(frozen=True, repr=False)
+class ResizeReport(Readable):
     """What became of each layer.
 
     `before` and `after`: {layer: rank}; `energy` {layer: share of the squared norm that is kept}, `kept_energy` that of all together. `became_lora`: layers
@@ -112,7 +113,7 @@ def resize(
 
 def _plain(bundle: Bundle) -> Bundle:
     """The bundle without its record of an older file, which it is not any more."""
-    from converters.provenance import KEY
+    from diffpeft.converters.provenance import KEY
 
     return replace(bundle, metadata={key: text for key, text in bundle.metadata.items() if key != KEY})
 
@@ -301,8 +302,8 @@ def _files_at(path: str | os.PathLike[str]) -> Iterable[str]:
     return [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
 
 
-@dataclass(frozen=True)
-class ScaleReport:
+@dataclass(frozen=True, repr=False)
+class ScaleReport(Readable):
     """By how much an adapter was scaled, and how many layers it has."""
 
     path: str

@@ -8,14 +8,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import converters
-from converters.formats import FORMATS
-from converters.formats.fields import own_name
-from converters.formats.peft import CONFIG
-from converters.hashes import hashed, hashes, sorted_as_safetensors
-from converters.spelling import HASHES, Draft
-from diffpeft import io
+from diffpeft import converters, io
 from diffpeft.bundle import Bundle, Entry, Handle
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.fields import own_name
+from diffpeft.converters.formats.peft import CONFIG
+from diffpeft.converters.hashes import hashed, hashes, sorted_as_safetensors
+from diffpeft.converters.spelling import HASHES, Draft
 from diffpeft.errors import CannotConvertError, ConfigError, shown
 from diffpeft.files import Json, parsed, refuse_existing
 

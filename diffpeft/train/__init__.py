@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from diffpeft.train.watch import Watch
 
 
-class _Training(ModuleType):
+class TrainPackage(ModuleType):
     """This package, which can be called."""
 
     def __call__(self, config: TrainConfig, watch: Watch | None = None) -> TrainRun:
@@ -39,4 +39,4 @@ class _Training(ModuleType):
         return run
 
 
-sys.modules[__name__].__class__ = _Training
+sys.modules[__name__].__class__ = TrainPackage

@@ -9,12 +9,11 @@ from dataclasses import dataclass, fields, replace
 
 from diffpeft.errors import ConfigError, listed
 from diffpeft.train import machines
-from diffpeft.train.check import Checked
+from diffpeft.train.check import Checked, held_by
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.estimate import GIB, SHARES, Outline, Phase, sized
 from diffpeft.train.watch import Watch
 
-RESERVED = GIB  # for PyTorch itself, fragments, workspaces of kernels, and the screen
 _SLOWING = {"gradient_checkpointing": 0.33, "int8": 0.1, "nf4": 0.2, "offload": 0.5}  # roughly, of a step's time
 
 
@@ -45,10 +44,11 @@ class Way:
 
 def ways(config: TrainConfig, said: Mapping[str, str]) -> list[Way]:
     """The ways that are open to a run, the least slow one first. What was said stays: `said` are the options that were, and where."""
+    fixed = machines.sharding(config) or bool(held_by(config))
     free: dict[str, tuple[object, ...]] = {
         "gradient_checkpointing": (False, True),
-        "quantize": (None,) if machines.sharding(config) else (None, "int8", "nf4"),
-        "offload": (0.0,) if machines.sharding(config) or config.compile else SHARES,
+        "quantize": (None,) if fixed else (None, "int8", "nf4"),
+        "offload": (0.0,) if fixed or config.compile else SHARES,
     }
     default = {f.name: f.default for f in fields(config)}
     for name in free:
@@ -66,7 +66,7 @@ def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, C
     config = checked.config
     if config.memory is None:
         return config, checked
-    limit, least = config.memory_bytes() - RESERVED, []
+    limit, least = config.memory_left(), []
     for way, phase in estimates(config, checked):
         if phase.total <= limit:
             picked = {name: value for name, value in vars(way).items() if value != getattr(config, name)}
@@ -78,7 +78,7 @@ def fitted(checked: Checked, watch: Watch | None = None) -> tuple[TrainConfig, C
         least.append((phase.total, way, phase))
     size, way, phase = min(least, key=lambda entry: entry[0])
     raise ConfigError(
-        f"memory {config.memory} is too little: the least is {_at_least(size + RESERVED)}, for {phase.what}, with {way}",
+        f"memory {config.memory} is too little: the least is {_at_least(size + config.memory_bytes() - limit)}, for {phase.what}, with {way}",
         remedy="Pass a lower --resolution, --batch-size or --rank, or more --memory"
         + (", or leave options out that keep the memory up." if len(least) < len(ways(config, {})) else "."),
     )

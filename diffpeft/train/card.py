@@ -5,16 +5,16 @@ A README.md that is not ours is kept, and its head completed.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import diffpeft
-from diffpeft.families import family_of
+from diffpeft.families import Family, family_of
 from diffpeft.io import replacing
 from diffpeft.train.cards import CardFacts, completed, tell
-from diffpeft.train.data.account import Account
+from diffpeft.train.data.account import Account, footage_of
+from diffpeft.train.formats import FIRST, SECOND, for_a_program, for_the_second, half_of
+from diffpeft.train.gallery import newest_samples, record_of
 from diffpeft.train.metadata import is_id
 from diffpeft.train.outputs import README
 from diffpeft.train.prompt_account import PromptAccount
@@ -57,7 +57,7 @@ def _facts(run: TrainRun, folder: Path) -> CardFacts:
     config, words = run.config, prompt_of(run)
     family, model = family_of(run.family.pipe) or "", config.model or ""
     low_rank = ("lora", "template:sd-lora") if config.method in ("lora", "dora") else ()
-    tags = {"text-to-image", "diffusers", "diffpeft", config.method, *low_rank, *_TAGS.get(family, ())}
+    tags = {task_of(run.family), "diffusers", "diffpeft", config.method, *low_rank, *_TAGS.get(family, ())}
     more = {
         "license": config.license,
         "instance_prompt": words,
@@ -67,7 +67,7 @@ def _facts(run: TrainRun, folder: Path) -> CardFacts:
     return CardFacts(
         model if is_id(model) else None,
         frozenset(tags),
-        "text-to-image",
+        task_of(run.family),
         f"- diffpeft {diffpeft.__version__}",
         "diffusers",
         {name: value for name, value in more.items() if value},
@@ -82,26 +82,14 @@ def prompt_of(run: TrainRun) -> str | None:
 
 def _widget(folder: Path, words: str | None) -> list[dict[str, object]]:
     """The newest pictures, one for each prompt, that a run drew with the adapter, with their prompts as the pictures say them."""
-    newest: dict[int, tuple[int, Path]] = {}
-    for path in folder.glob("samples/step*/p*_s*.*"):
-        match = re.fullmatch(r"step(\d+)/p(\d+)_s\d+\.(?:png|webp)", f"{path.parent.name}/{path.name}")
-        if match:
-            step, number = int(match[1]), int(match[2])
-            newest[number] = max(newest.get(number, (-1, path)), (step, path))
-    rows = [(_told(path) or words, path.relative_to(folder)) for _, (_, path) in sorted(newest.items())]
-    return [{"text": text, "output": {"url": str(place)}} for text, place in rows if text]
+    rows = [(_prompt_in(path) or words, path.relative_to(folder)) for path in newest_samples(folder).values()]
+    return [{"text": text, "output": {"url": place.as_posix()}} for text, place in rows if text]
 
 
-def _told(path: Path) -> str | None:
+def _prompt_in(path: Path) -> str | None:
     """The prompt that a picture says it was drawn for."""
-    from PIL import Image
-
-    with Image.open(path) as image:
-        try:
-            record = json.loads(image.info.get("diffpeft", "{}"))
-        except ValueError:
-            return None
-    prompt = record.get("prompt") if isinstance(record, dict) else None
+    facts = record_of(path).get("facts")
+    prompt = facts.get("prompt") if isinstance(facts, dict) else None
     return prompt if isinstance(prompt, str) else None
 
 
@@ -149,26 +137,59 @@ def _uses(run: TrainRun, readers: Mapping[str, Sequence[str]], place: str, promp
     model = run.config.model or ""
     base = model if is_id(model) else Path(model).name
     file, *_ = readers
-    of = {program: next((name for name, by in readers.items() if program in by), None) for program in _PROGRAMS}
-    imports = ("import torch", "from diffusers import DiffusionPipeline")
+    of = {
+        program: for_a_program([Path(name) for name, by in readers.items() if program in by], run.name)
+        for program in _PROGRAMS
+    }
+    drawing, *helpers = _DRAWING[task_of(run.family)]
+    imports = (
+        "import torch",
+        "from diffusers import DiffusionPipeline",
+        *([f"from diffusers.utils import {', '.join(helpers)}"] if helpers else []),
+    )
     opening = f"pipe = DiffusionPipeline.from_pretrained({base!r}, torch_dtype=torch.bfloat16)"
     ours = f"{place!r}, filename={file!r}" if is_id(place) else repr(f"{place}/{file}")
-    drawing = f"pipe({prompt!r}).images[0].save('picture.png')"
+    drawing = drawing.format(prompt=repr(prompt), image="control_image" if run.family.aligned else "image")
     loading = {
-        "diffusers": f"pipe.load_lora_weights({place!r}, weight_name={of['diffusers']!r})",
-        "diffpeft": f"diffpeft.load_lora(pipe, {ours})",
+        "diffusers": [
+            f"pipe.load_lora_weights({place!r}, weight_name={path.name!r}{for_the_second(run.name, path)})"
+            for path in of["diffusers"]
+        ],
+        "diffpeft": [f"diffpeft.load_lora(pipe, {ours})"],
     }
-    if of["diffusers"] is None:
-        del loading["diffusers"]
     blocks = [
-        f"With {program}:\n\n{_code(*['import diffpeft'] * (program == 'diffpeft'), *imports, '', opening, line, drawing)}"
-        for program, line in loading.items()
+        f"With {program}:\n\n{_code(*['import diffpeft'] * (program == 'diffpeft'), *imports, '', opening, *lines, drawing)}"
+        for program, lines in loading.items()
+        if lines
     ]
-    comfy = f"With ComfyUI: put `{of['ComfyUI']}` into `models/loras`, and load it with the node Load LoRA."
-    return [*blocks, comfy] if of["ComfyUI"] else blocks
+    nodes = [f"`{path.name}`{_BEFORE[half_of(run.name, path)]}" for path in of["ComfyUI"]]
+    comfy = f"With ComfyUI: put {' and '.join(nodes)} into `models/loras`, and load it with the node Load LoRA."
+    return [*blocks, comfy] if nodes else blocks
 
 
 _PROGRAMS = ("diffusers", "ComfyUI")
+_BEFORE = {None: "", FIRST: " (for the model of much noise)", SECOND: " (for the model of little noise)"}
+# {task: how a pipeline is used, and diffusers' functions for that}
+_DRAWING = {
+    "text-to-image": ("pipe({prompt}).images[0].save('picture.png')",),
+    "image-to-image": (
+        "pipe({image}=load_image('control.png'), prompt={prompt}).images[0].save('picture.png')",
+        "load_image",
+    ),
+    "text-to-video": ("export_to_video(pipe({prompt}).frames[0], 'clip.mp4')", "export_to_video"),
+    "image-to-video": (
+        "export_to_video(pipe(image=load_image('first.png'), prompt={prompt}).frames[0], 'clip.mp4')",
+        "export_to_video",
+        "load_image",
+    ),
+}
+
+
+def task_of(family: Family) -> str:
+    """What a model does, in the Hub's words."""
+    if family.temporal is not None:
+        return "image-to-video" if family.first_frame else "text-to-video"
+    return "image-to-image" if family.controls[0] else "text-to-image"
 
 
 def _code(*lines: str) -> str:
@@ -205,9 +226,8 @@ def data_of(account: Account) -> str:
         return "; ".join([account.summary(), *account.plan()])
     captions = ", ".join(f"{n} from {source}" for source, n in account.captions.items())
     sizes = ", ".join(f"{n} of {w}x{h}" for (w, h), n in account.buckets.items())
-    images = len(account.examples)
     parts = [
-        f"{images} image{'s' * (images != 1)}",
+        footage_of(account.examples),
         sizes and f"pictures: {sizes}",
         captions and f"captions: {captions}",
     ]

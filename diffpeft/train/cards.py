@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffpeft.errors import shown
+from diffpeft.errors import DataWarning, shown
 from diffpeft.train.outputs import README
 
 if TYPE_CHECKING:
@@ -46,7 +46,9 @@ def completed(folder: Path, facts: CardFacts) -> str | None:
     try:
         card = ModelCard(path.read_bytes().decode()) if path.is_file() else ModelCard.from_template(ModelCardData())
     except Exception as error:  # of YAML, of the codec
-        warnings.warn(f"{shown(str(path))} stays as it is: its head is no model card's ({error})", stacklevel=4)
+        warnings.warn(
+            f"{shown(str(path))} stays as it is: its head is no model card's ({error})", DataWarning, stacklevel=4
+        )
         return None
     tell(card, facts)
     card.text = _with_version(card.text, facts.version)

@@ -12,7 +12,8 @@ from diffpeft import io
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.families import FAMILIES, is_of, trainable
 from diffpeft.families.base import Sizes
-from diffpeft.pipeline.open import Facts, check_model, facts
+from diffpeft.pipeline import few_bits, guardrail
+from diffpeft.pipeline.open import Facts, check_model, denoises, facts
 from diffpeft.train import data, prior
 from diffpeft.train.checkpoints import SavedState
 from diffpeft.train.config import TrainConfig
@@ -21,7 +22,7 @@ from diffpeft.train.data.clips import cut
 from diffpeft.train.data.framing import Framing
 from diffpeft.train.data.split import beside, part_of, split
 from diffpeft.train.data.tokens import tokenizers_of, too_long
-from diffpeft.train.formats import asked, files_of
+from diffpeft.train.formats import HALVES, asked, files_of
 from diffpeft.train.method import ADAPTERS
 from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.publish import check_hub
@@ -34,7 +35,7 @@ from diffpeft.train.sample_prompts import (
     typed_prompts,
     with_controls,
 )
-from diffpeft.train.slider_config import SliderConfig
+from diffpeft.train.slider_config import SliderConfig, refused_with_controls
 from diffpeft.train.trackers import logs_of
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,128}")
@@ -96,8 +97,11 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     known = sizes_of(config)
     prior_prompts(config)
     _check_prior(config)
+    _check_slider(config)
     check_sizes(typed_prompts(config), known.multiple)
     _check_sample_model(config)
+    _check_experts(config)
+    _check_held(config)
     account = surveyed(config, known)
     config = with_steps(config, account)
     state, planned = begin(config, out, files) if config.resume else None, prior.planned(config)
@@ -106,7 +110,17 @@ def check(config: TrainConfig, origins: Mapping[str, str] | None = None) -> Chec
     prompts = with_controls(prompts, (*account.heldout, *account.examples))
     if (wanted := wanted_controls(config)) is not None:
         check_controls(prompts, wanted.fewest, wanted.most)
+    if prompts:
+        _check_guardrail(config)
     return Checked(name, account, planned, state, config, origins or {}, tuple(prompts))
+
+
+def _check_guardrail(config: TrainConfig) -> None:
+    """Raise ConfigError for a model that draws nothing without a package which is not installed."""
+    drawing = config.sample_model or config.base or config.model
+    pipeline = facts(drawing).pipeline
+    if pipeline is not None and guardrail.is_lacking(pipeline):
+        raise guardrail.refused(pipeline, str(drawing))
 
 
 def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
@@ -121,7 +135,7 @@ def with_steps(config: TrainConfig, account: Account) -> TrainConfig:
 
 def _with_cut(account: Account, config: TrainConfig) -> Account:
     """The account with the captions that the model's tokenizers would cut, where these can be had."""
-    source = str(config.base if Path(str(config.model)).is_file() else config.model)
+    source = source_of(config)
     tokenizers = tokenizers_of(source)
     if not tokenizers:
         return account
@@ -183,7 +197,7 @@ def surveyed(config: TrainConfig, known: Sizes) -> Account:
 
 def wanted_controls(config: TrainConfig) -> pairing.Wanted | None:
     """The control images that the model reads, where its configs tell its family."""
-    source = (config.base if Path(str(config.model)).is_file() else config.model) or ""
+    source = source_of(config)
     known = facts(source) if config.model else None
     if known is None or not known.pipeline:
         return None
@@ -245,13 +259,50 @@ def _name(config: TrainConfig) -> str:
 
 def sizes_of(config: TrainConfig) -> Sizes:
     """What the configs tell of the sizes of the model's images. Raises WrongBaseError if it cannot be trained."""
-    path = Path(str(config.model))
-    source = (config.base if path.is_file() else config.model) or ""
+    path, source = Path(str(config.model)), source_of(config)
     known = facts(source)
     family = trainable(known.pipeline, known.configs, source) if known.pipeline else None
     if path.is_file():
         _check_checkpoint(path, family, known)
     return FAMILIES[family].sizes(known.configs) if family else Sizes(None, None)
+
+
+def source_of(config: TrainConfig) -> str:
+    """The folder or the Hub id that has the configs of a run's model."""
+    return str((config.base if Path(str(config.model)).is_file() else config.model) or "")
+
+
+def _check_experts(config: TrainConfig) -> None:
+    """Raise ConfigError for experts of a model whose files have one denoiser."""
+    known = facts(source_of(config)) if config.experts is not None else Facts()
+    if known.pipeline and not HALVES.keys() <= {*known.denoisers}:
+        raise config.without_experts()
+
+
+def held_by(config: TrainConfig) -> str:
+    """The library that holds a model's denoiser in few bits, as the files of its folder say; empty where none does."""
+    known = Facts() if Path(str(config.model)).is_file() else facts(source_of(config))
+    said = (configs.get("quantization_config") for part, configs in known.configs.items() if denoises(part))
+    return next((str(kind.get("quant_method", "another library")) for kind in said if isinstance(kind, dict)), "")
+
+
+def _check_held(config: TrainConfig) -> None:
+    """Raise ConfigError for a denoiser that is in few bits in its files, and shall be held otherwise."""
+    file = Path(str(config.model))
+    if config.quantize and file.is_file() and few_bits.in_few_bits(file):
+        raise ConfigError(
+            f"quantize is {config.quantize}, and this file holds its denoiser in few bits, which stay so",
+            where=file,
+            remedy="Leave --quantize out, or pass the file of the model as it was published.",
+        )
+    otherwise = [name for name in ("quantize", "offload") if getattr(config, name)]
+    if otherwise and (kind := held_by(config)):
+        raise ConfigError(
+            f"{otherwise[0]} is {getattr(config, otherwise[0])}, and this model's files hold its denoiser in few bits ({kind}), "
+            "which stay so, and on the device",
+            where=config.model or "",
+            remedy=f"Leave --{otherwise[0]} out, or take the model as it was published, with --quantize.",
+        )
 
 
 def _check_prior(config: TrainConfig) -> None:
@@ -262,6 +313,12 @@ def _check_prior(config: TrainConfig) -> None:
             "class images with a model that draws nothing without a control image",
             remedy="Pass --prior base: the model is asked for the training images, with their control images.",
         )
+
+
+def _check_slider(config: TrainConfig) -> None:
+    """Raise WrongBaseError for a slider of a model that draws nothing from prompts alone."""
+    if isinstance(config, SliderConfig) and (wanted := wanted_controls(config)) is not None and wanted.fewest:
+        raise refused_with_controls(source_of(config))
 
 
 def _check_sample_model(config: TrainConfig) -> None:

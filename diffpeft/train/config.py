@@ -12,7 +12,11 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from diffpeft.errors import ConfigError, near, shown
+from diffpeft.readable import Readable
 from diffpeft.train import machines
+
+RESERVED = 2**30  # bytes of a GPU's memory for PyTorch itself, fragments, workspaces of kernels, and the screen
+_UNITS = {"G": 2**30, "M": 2**20}
 
 
 def option(
@@ -48,12 +52,13 @@ def option(
     )
 
 
-@dataclass
-class Options:
+@dataclass(repr=False)
+class Options(Readable):
     """The options that every training run has, and the checks of all."""
 
     LR: ClassVar[float] = 1e-4  # the learning rate, where neither user nor optimiser says one
     COMMAND: ClassVar[str] = "train"  # whose options they are
+    PRESETS: ClassVar[tuple[str, ...]] = ("attn", "attn-mlp", "full")  # of layers, that `targets` may be
     HAS_DATA: ClassVar[bool] = True  # else it has no options that are `data_only`
 
     model: str | None = option(None, "A folder with a model, or a Hub id.", required=True)
@@ -221,7 +226,7 @@ class Options:
         return re.sub(r"[^A-Za-z0-9._-]", "_", self.output().name)[:128].strip(".") or "adapter"
 
 
-@dataclass
+@dataclass(repr=False)
 class TrainConfig(Options):
     """A DreamBooth-style training run. Defaults are the community's for Stable Diffusion 1.5."""
 
@@ -491,7 +496,7 @@ class TrainConfig(Options):
         self.base_span()
         self.check_samples()
         if self.memory is not None:
-            self.memory_bytes()
+            self.memory_left()
         if self.class_prompt is None and self.prior != "base":
             for name in ("prior", "prior_weight"):
                 if getattr(self, name) is not None:
@@ -526,10 +531,29 @@ class TrainConfig(Options):
 
     def memory_bytes(self) -> int:
         """The memory that was asked for. Raises ConfigError for what is none."""
-        said = re.fullmatch(r"(\d+(?:\.\d+)?) ?Gi?B?", str(self.memory), re.IGNORECASE)
+        said = re.fullmatch(r"(\d+(?:\.\d+)?) ?([GM])i?B?", str(self.memory), re.IGNORECASE)
         if said is None or not float(said[1]):
-            raise ConfigError(f"memory is {shown(self.memory)}", remedy="It is a GPU's: 8GB, 12GB, 16GB or 24GB.")
-        return int(float(said[1]) * 2**30)
+            raise ConfigError(
+                f"memory is {shown(self.memory)}",
+                remedy="It is a GPU's: 8GB, 12GB, 16GB or 24GB, or another number of GB or MB.",
+            )
+        return int(float(said[1]) * _UNITS[said[2].upper()])
+
+    def memory_left(self) -> int:
+        """The memory that was asked for without what is reserved. Raises ConfigError if that is none."""
+        size = self.memory_bytes() - RESERVED
+        if size <= 0:
+            raise ConfigError(
+                f"memory {self.memory} is too little: {RESERVED // 2**30} GiB is left for PyTorch itself, fragments and the screen",
+                remedy="It is a GPU's: 8GB, 12GB, 16GB or 24GB, or another number of GB or MB.",
+            )
+        return size
+
+    def without_experts(self) -> ConfigError:
+        """The error of a run that names denoisers, of a model that has one."""
+        return ConfigError(
+            f"experts is {self.experts}, and this model has one denoiser for all noise", remedy="Leave --experts out."
+        )
 
     def span(self) -> tuple[float, float]:
         """The lowest and the highest share of noise that is trained at. Raises ConfigError."""

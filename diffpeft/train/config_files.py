@@ -16,7 +16,8 @@ from diffpeft.files import Json
 from diffpeft.train.config import PATHS, AnyOptions, Options, TrainConfig
 from diffpeft.train.origins import COMMAND
 from diffpeft.train.other_names import TABLE, hint
-from diffpeft.train.translate import is_alias, key_of, translated
+from diffpeft.train.translate import is_alias, translated
+from diffpeft.train.translation import key_of
 
 Pairs = list[tuple[str, object]]
 _YAML = (".yaml", ".yml", ".json")

@@ -30,7 +30,7 @@ from diffpeft.train.check import Checked, check, framing_of, resized
 from diffpeft.train.config import TrainConfig, target_names
 from diffpeft.train.data.batches import Batches, Showing
 from diffpeft.train.data.footage import frames_in
-from diffpeft.train.experts import experts_of
+from diffpeft.train.experts import asked_alone, experts_of, trained_alone
 from diffpeft.train.groups import set_ranks
 from diffpeft.train.job import checked_dtype, job_of, keeper_of
 from diffpeft.train.journal import BY_BAND, HELDOUT, Logbook
@@ -224,6 +224,7 @@ def opened(config: TrainConfig, dtype: str, device: str) -> Family:
         config.base,
         vae=config.vae,
         text_encoders=config.text_encoders(),
+        denoiser=trained_alone(config.experts),
         dtype=dtype,
         device="cpu" if config.base_lora else device,
         placed=None if config.base_lora else placed,
@@ -488,8 +489,10 @@ def _loss(config: TrainConfig, family: Family, assembly: Assembly, texts: Texts)
         return loss / config.parts()
 
     def loss_at(step: int, part: int) -> Tensor:
-        sampling = samplings[experts.at(config.seed, step)]
-        return torch.stack([loss_of(batch, sampling) for batch in assembly.at(step, part, config.parts())]).sum()
+        expert = experts.at(config.seed, step)
+        with asked_alone(family, expert if base_range is None else None):  # the base's own range may be of another
+            batches = assembly.at(step, part, config.parts())
+            return torch.stack([loss_of(batch, samplings[expert]) for batch in batches]).sum()
 
     return loss_at
 

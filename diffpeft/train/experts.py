@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from diffpeft.errors import ConfigError
 from diffpeft.families import Family
 from diffpeft.train import draw
 from diffpeft.train.config import TrainConfig
+from diffpeft.train.formats import HALVES
 
 BOTH, HIGH, LOW = "both", "high", "low"
 
@@ -37,15 +39,27 @@ class Experts:
         return {name: (both[0], both[1]) for name, both in steps.items()}
 
 
+@contextlib.contextmanager
+def asked_alone(family: Family, denoiser: str | None) -> Iterator[None]:
+    """Times are of this denoiser, whatever they are; None: nobody knows."""
+    family.only = denoiser
+    try:
+        yield
+    finally:
+        family.only = None
+
+
+def trained_alone(experts: str | None) -> str | None:
+    """The denoiser that a run trains alone, as --experts says it; None for a run that trains what there is."""
+    return next((denoiser for denoiser, half in HALVES.items() if half == experts), None)
+
+
 def experts_of(config: TrainConfig, family: Family) -> Experts:
     """The denoisers that a run trains. Raises ConfigError for experts that the model lacks, or whose noise is not trained at."""
     low, high = config.span()
     if family.boundary is None:
         if config.experts is not None:
-            raise ConfigError(
-                f"experts is {config.experts}, and this model has one denoiser for all noise",
-                remedy="Leave --experts out.",
-            )
+            raise config.without_experts()
         return Experts({family.denoiser: (low, high)})
     noisy, clean = family.denoisers
     ranges = {noisy: (max(low, family.boundary), high), clean: (low, min(high, family.boundary))}

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from converters.detection import COMPONENT
-from converters.formats import FORMATS
-from converters.holding import held
-from converters.writing import by_component
 from diffpeft.bundle import Bundle, Entry, dotted, parted
+from diffpeft.converters.detection import COMPONENT
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.holding import held
+from diffpeft.converters.writing import by_component
 from diffpeft.errors import CannotConvertError, ConfigError, UnknownNameError, listed
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.groups import entries_of
@@ -56,20 +57,33 @@ def half_of(name: str, file: Path) -> str | None:
     return next((denoiser for denoiser, half in HALVES.items() if file.name.startswith(f"{name}.{half}.")), None)
 
 
+def for_a_program(files: Sequence[Path], name: str) -> Sequence[Path]:
+    """Of the files of an adapter that a program reads those that it is handed: the first, or both halves of the first format that has such."""
+    halves = [file for file in files if half_of(name, file)]
+    return [file for file in halves if file.suffixes[-2:] == halves[0].suffixes[-2:]] or files[:1]
+
+
+def for_the_second(name: str, file: Path) -> str:
+    """What is said to diffusers' `load_lora_weights` of a file of the second of two denoisers."""
+    return ", load_into_transformer_2=True" if half_of(name, file) == SECOND else ""
+
+
 def files_of(name: str) -> list[str]:
     """What the files of an adapter may be called."""
     return [file_of(name, format, half) for format in WRITABLE for half in ("", *HALVES.values())]
 
 
 def halves_of(bundle: Bundle, format: str) -> dict[str, Bundle]:
-    """{half: what of an adapter a file of a format holds}: all of it, under no name, and that of each denoiser where programs read one alone.
+    """{half: what of an adapter a file of a format holds}: all of it, under no name, where names tell the denoisers apart, and that of each denoiser.
 
     A half is for the first denoiser by its names; its metadata say whose it is.
     """
     second = any(parted(entry.layer)[0] == SECOND for entry in bundle.entries)
     if FORMATS[format].folder or not second:
         return {"": bundle}
-    held_together = {"": bundle} if held(bundle, format).answer else {}
+    table = table_of(FORMATS[format], bundle.family)
+    told_apart = len({FORMATS[format].word(denoiser, table) for denoiser in HALVES}) > 1
+    held_together = {"": bundle} if told_apart and held(bundle, format).answer else {}
     by_component: dict[str, list[Entry]] = {}
     for entry in bundle.entries:
         component, layer = parted(entry.layer)

@@ -87,9 +87,10 @@ def set_ranks(config: object, options: Options, layers: Sequence[str]) -> None:
         raise ConfigError(
             f"rank_pattern with {options.method}, whose layers have one rank", remedy="Leave --rank-pattern out."
         )
-    alpha = options.rank if options.alpha is None else options.alpha
-    alphas = {pattern: alpha * rank / options.rank for pattern, rank in ranks.items()}
-    vars(config).update(rank_pattern=ranks, alpha_pattern=alphas)
+    vars(config).update(rank_pattern=ranks)
+    if LAYOUTS[options.method].alpha_field:
+        alpha = options.rank if options.alpha is None else options.alpha
+        vars(config).update(alpha_pattern={pattern: alpha * rank / options.rank for pattern, rank in ranks.items()})
 
 
 def groups_of(options: Options, parameters: Mapping[str, nn.Parameter], rate: float) -> list[Json]:

@@ -19,10 +19,10 @@ from itertools import accumulate
 from pathlib import Path
 
 import diffpeft
-from converters.families import TABLES
-from converters.formats import FORMATS
-from converters.formats.base import table_of
-from converters.spelling import Draft
+from diffpeft.converters.families import TABLES
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.formats.base import table_of
+from diffpeft.converters.spelling import Draft
 from diffpeft.families import family_of
 from diffpeft.train.config import PATHS, TrainConfig
 from diffpeft.train.data.account import Account, Example

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 
-from converters.hashes import hashes, sorted_as_safetensors
 from diffpeft import io
+from diffpeft.converters.hashes import hashes, sorted_as_safetensors
 from diffpeft.errors import ConfigError
 from diffpeft.files import folder, refuse_existing
 from diffpeft.handles import Handle

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
 
-from diffpeft.train.watch import Quiet, Watch
+from diffpeft.train.watch import Logged, Watch
 
 EVERY = 5.0  # seconds between plain lines
 PATIENCE = 20  # seconds before the first one, if no step is done by then
@@ -32,9 +32,9 @@ def in_notebook() -> bool:
 
 @contextlib.contextmanager
 def shown(watch: Watch | None) -> Iterator[Watch]:
-    """Who is told in this block: the Watch, or where there is none a bar in a notebook, and elsewhere nobody."""
+    """Who is told in this block: the Watch, or where there is none a bar in a notebook, and elsewhere the logger."""
     if watch is not None or not in_notebook():
-        yield watch or Quiet()
+        yield watch or Logged()
         return
     quiet_bars()
     with Progress() as progress:

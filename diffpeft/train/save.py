@@ -10,23 +10,23 @@ from pathlib import Path
 
 import torch
 
-import converters
-from converters.detection import COMPONENT
-from converters.formats import FORMATS
-from converters.hashes import hashed
-from converters.spelling import Draft
+from diffpeft import converters
 from diffpeft.bundle import Bundle
+from diffpeft.converters.detection import COMPONENT
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.hashes import hashed
+from diffpeft.converters.spelling import Draft
 from diffpeft.errors import ConfigError, listed
 from diffpeft.families import Family, family_of
 from diffpeft.model.state import bundle_of, parameters_of, slots_of
 from diffpeft.train.card import write_card
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.formats import SavedFormats, asked, chosen, file_of, files_of, half_of, halves_of
+from diffpeft.train.gallery import newest_sample
 from diffpeft.train.lock import occupied
 from diffpeft.train.metadata import finished, metadata_of
 from diffpeft.train.outcome import check_room, refuse_unread, rescue, rescued
 from diffpeft.train.run import TrainRun
-from diffpeft.train.samples import newest_sample
 from diffpeft.train.showing import finish, told
 from diffpeft.train.team import team
 from diffpeft.train.watching import write_metrics

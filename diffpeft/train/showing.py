@@ -10,16 +10,17 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import converters
+from diffpeft import converters
 from diffpeft.files import Json
 from diffpeft.train import state
 from diffpeft.train.cache import Prompt, Texts
-from diffpeft.train.formats import SECOND, half_of
+from diffpeft.train.formats import for_a_program, for_the_second
+from diffpeft.train.gallery import Gallery, Spot, forget
 from diffpeft.train.outputs import ACCOUNT, CONFIG, METRICS, PAGE, README, ROWS
 from diffpeft.train.report import FINISHED, Page, PictureRow, Pictures, Status, Use
 from diffpeft.train.report.live import Live
 from diffpeft.train.sample_model import open_other, other_stage
-from diffpeft.train.samples import Gallery, Sampler, Spot, forget, settled, stage, texts_of
+from diffpeft.train.samples import Sampler, settled, stage, texts_of
 from diffpeft.train.team import team
 
 if TYPE_CHECKING:
@@ -146,22 +147,15 @@ def uses_of(config: TrainConfig, files: Sequence[Path], prompt: str, family: Fam
     for program, command in _COMMANDS.items():
         files_read = [file for file, programs in read_by.items() if program in programs]
         names = {"model": model, "pipeline": type(family.pipe).__name__}
-        lines = [_line(command, file, str(config.name), names) for file in _first(files_read, str(config.name))]
+        lines = [_line(command, file, str(config.name), names) for file in for_a_program(files_read, str(config.name))]
         if lines:
             uses.append(Use(program, "\n".join([lines[0], *(line.split("\n")[-1] for line in lines[1:])])))
     return uses
 
 
-def _first(files: Sequence[Path], name: str) -> Sequence[Path]:
-    """The first of an adapter's files, or both halves of the first format that has such."""
-    halves = [file for file in files if half_of(name, file)]
-    return [file for file in halves if file.suffixes[-2:] == halves[0].suffixes[-2:]] or files[:1]
-
-
 def _line(command: str, file: Path, name: str, names: Mapping[str, str]) -> str:
     """A command for a file."""
-    second = ", load_into_transformer_2=True" if half_of(name, file) == SECOND else ""
-    return command.format(file=file, quoted=shlex.quote(str(file)), second=second, **names)
+    return command.format(file=file, quoted=shlex.quote(str(file)), second=for_the_second(name, file), **names)
 
 
 _COMMANDS = {

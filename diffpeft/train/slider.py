@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from diffpeft.errors import WrongBaseError
 from diffpeft.families import Conditions, Family, Frame, Noised
 from diffpeft.families.devices import sent
 from diffpeft.families.latents import spread
@@ -31,7 +30,7 @@ from diffpeft.train.concept import Concept
 from diffpeft.train.levels import Sampling
 from diffpeft.train.objective import Objective
 from diffpeft.train.samples import usual
-from diffpeft.train.slider_config import SIGNS, SliderConfig
+from diffpeft.train.slider_config import SIGNS, SliderConfig, refused_with_controls
 from diffpeft.train.start import without
 from diffpeft.train.watching import alone
 
@@ -64,11 +63,7 @@ class Point(NamedTuple):
 def canvases(family: Family, sides: Sequence[int]) -> list[Canvas]:
     """What pictures of these sides are drawn on. Uses the VAE, which is given up. Raises WrongBaseError for a model that draws none from prompts alone."""
     if family.controls[0]:
-        raise WrongBaseError(
-            "the model draws with control images alone, and a slider has none",
-            where=type(family.pipe).__name__,
-            remedy="Train it on the model that draws from prompts.",
-        )
+        raise refused_with_controls(type(family.pipe).__name__)
     shapes = [family.encode(torch.zeros(1, 3, side, side))[0].shape[1:] for side in sides]
     family.parts.free("vae")
     return [Canvas((side, side), tuple(shape)) for side, shape in zip(sides, shapes, strict=True)]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
-from diffpeft.errors import ConfigError, shown
+from diffpeft.errors import ConfigError, WrongBaseError, shown
 from diffpeft.train.concept import Concept
 from diffpeft.train.config import TrainConfig, option
 from diffpeft.train.groups import entries_of
@@ -20,7 +20,16 @@ SIGNS = (1.0, -1.0)  # the strengths that are trained, in this order
 DRAW_STEPS = 10
 
 
-@dataclass
+def refused_with_controls(where: str) -> WrongBaseError:
+    """The error of a slider of a model that draws nothing without a control image."""
+    return WrongBaseError(
+        "the model draws with control images alone, and a slider has none",
+        where=where,
+        remedy="Train it on the model that draws from prompts.",
+    )
+
+
+@dataclass(repr=False)
 class SliderConfig(TrainConfig):
     """A slider's training run: a TrainConfig without data."""
 
@@ -66,6 +75,11 @@ class SliderConfig(TrainConfig):
             raise ConfigError(
                 "negative without target or erase, and so it would do nothing", remedy="Pass --target and --positive."
             )
+        if self.preserve is not None and not self.attributes():
+            raise ConfigError(
+                f"preserve is {shown(self.preserve)}, and so it would do nothing",
+                remedy='Pass attributes with commas, "young, old", or leave --preserve out.',
+            )
         said = (self.erase, self.negative) if self.erase is not None else (self.positive, self.negative or self.target)
         if None not in said and said[0] == said[1]:
             raise ConfigError(f"both prompts are {shown(str(said[0]))}: nothing tells one from the other")
@@ -98,9 +112,12 @@ class SliderConfig(TrainConfig):
             concept = Concept(self.erase, self.negative or "", self.erase)
         else:
             concept = Concept(self.target or "", self.positive or "", self.negative or self.target or "")
+        return tuple(map(concept.under, self.attributes())) or (concept,)
+
+    def attributes(self) -> list[str]:
+        """What is preserved, each once."""
         said = [self.preserve] if isinstance(self.preserve, str) else self.preserve or ()
-        attributes = [attribute for text in said for attribute in entries_of(text)]
-        return tuple(map(concept.under, dict.fromkeys(attributes))) or (concept,)
+        return [*dict.fromkeys(attribute for text in said for attribute in entries_of(text) if attribute)]
 
     def main_prompts(self) -> dict[str, str]:
         """What is changed, of each concept."""

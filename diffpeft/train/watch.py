@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Protocol
+
+log = logging.getLogger("diffpeft.train")
 
 
 class Watch(Protocol):
@@ -36,3 +39,24 @@ class Quiet:
     def figures(self, **numbers: float) -> None: ...
 
     def tick(self) -> None: ...
+
+
+class Logged(Quiet):
+    """A Watch that tells the logger `diffpeft.train`: phases and notes at INFO, steps at DEBUG."""
+
+    def __init__(self) -> None:
+        self.beside: dict[str, float] = {}
+
+    def phase(self, text: str) -> None:
+        log.info("%s", text)
+
+    def note(self, text: str) -> None:
+        log.info("%s", text)
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        log.debug(
+            "step %d/%d, loss %.4f%s", done, total, loss, "".join(f", {k} {v:.4g}" for k, v in self.beside.items())
+        )
+
+    def figures(self, **numbers: float) -> None:
+        self.beside |= numbers

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from converters.formats.peft import FILE, WEIGHTS
+from diffpeft.converters.formats.peft import FILE, WEIGHTS
 from diffpeft.llm.targets import (
     ADALORA_TARGETS,
     ALL_LINEAR,

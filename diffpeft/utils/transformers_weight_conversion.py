@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from converters.formats.base import suffix
-from converters.formats.peft import PREFIX
+from diffpeft.converters.formats.base import suffix
+from diffpeft.converters.formats.peft import PREFIX
 from diffpeft.layers.carried import ADAPTERS, escaped
 from diffpeft.methods.layout import LAYOUTS, Layout
 from diffpeft.methods.peft_config import PeftConfig

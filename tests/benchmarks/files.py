@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 
-from converters.families import TABLES
+from diffpeft.converters.families import TABLES
 
 SDXL = {
     "addition_embed_type": "text_time",

@@ -5,12 +5,15 @@ import os
 import subprocess
 import sys
 
+import click
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from diffpeft.cli import cli
+from diffpeft.cli.groups import HEADINGS
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from tests.cli.process import diffpeft, quick
 from tests.single_file import original
@@ -268,3 +271,10 @@ def test_train_on_a_single_file_with_its_base_and_a_toml(photos, tmp_path):
         cwd=tmp_path,
     )
     assert drawn.returncode == 0 and Image.open(tmp_path / "out.png").size == (64, 64), drawn.stderr
+
+
+@pytest.mark.parametrize("name", ["train", "slider", "sft"])
+def test_every_option_stands_under_a_heading(name):
+    command = cli.get_command(click.Context(cli), name)
+    options = {p.name for p in command.params if isinstance(p, click.Option) and not p.hidden}
+    assert len(options) > 30 and options <= HEADINGS.keys()

@@ -35,7 +35,7 @@ def draw(folder, tmp_path):
 
     def run(prompt, *args):
         out = tmp_path / "out.png"
-        args = ("generate", "-p", prompt, "--steps", "2", "--guidance", "3", "-o", out, *args)
+        args = ("generate", "-p", prompt, "--steps", "2", "--guidance", "3", "-o", out, "--overwrite", *args)
         done = CliRunner().invoke(cli, [*map(str, args)])
         if done.exception is not None:
             raise done.exception

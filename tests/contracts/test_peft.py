@@ -66,6 +66,7 @@ CONFIGS = {
         {"feedforward_modules": ["0"]},
         (*LINEAR, "gpt-2's Conv1D", "conv2d", "conv2d dilated", "conv2d 1x1", "conv2d grouped", "conv3d"),
     ),
+    "hira": ("HiraConfig", {"r": 2}, (*LINEAR, "gpt-2's Conv1D", *CONVS, "conv3d", "embedding")),
     "boft, blocks": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2}, LINEAR),
 }
 CELLS = [(name, kind) for name, (_, _, kinds) in CONFIGS.items() for kind in kinds]

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from converters import TABLES
 from diffpeft.bundle import Rule
+from diffpeft.converters import TABLES
 
 ORIGINAL = ("kohya", "comfyui")  # formats with the original program's names
 SINGLE = ("peft", "lycoris")  # formats of one component

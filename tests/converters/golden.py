@@ -16,9 +16,8 @@ from pathlib import Path
 
 import torch
 
-import converters
-from converters import FORMATS
-from diffpeft import CannotConvertError
+from diffpeft import CannotConvertError, converters
+from diffpeft.converters import FORMATS
 from tests.converters.factory import METHODS, Checkpoint, checkpoint
 from tests.converters.test_matrix import SOURCES, WHERE, exists, output, plain, weights
 

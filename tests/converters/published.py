@@ -21,8 +21,8 @@ import diffusers
 import torch
 from torch import nn
 
-from converters import TABLES
-from converters.families import Table
+from diffpeft.converters import TABLES
+from diffpeft.converters.families import Table
 
 PATH = Path(__file__).parents[2] / "converters" / "published.json"
 _FEW = (7, 9, 11)  # blocks to build, of each kind another number, so that each stack tells its kind

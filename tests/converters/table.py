@@ -1,6 +1,6 @@
-"""What README says of formats and methods, from the levels that test_matrix.py holds every cell to.
+"""What docs/formats.md says of formats and methods, from the levels that test_matrix.py holds every cell to.
 
-`python -m tests.converters.table` writes it into the README.
+`python -m tests.converters.table` writes it into the page.
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from converters.families import TABLES
-from converters.formats import FORMATS, Format
+from diffpeft.converters.families import TABLES
+from diffpeft.converters.formats import FORMATS, Format
 from tests.converters import factory
 from tests.converters.test_matrix import NO, SOURCES, WHERE, crosses, exists, expected
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "formats.md"
 BEGIN, END = "<!-- formats -->\n", "<!-- /formats -->\n"
 WORDS = {  # a method of factory.py for people
     "lora": "LoRA",
@@ -87,8 +87,8 @@ def text() -> str:
 
 def main() -> None:
     """Put it where it belongs."""
-    before, rest = README.read_text().split(BEGIN)
-    README.write_text(before + BEGIN + text() + END + rest.split(END)[1])
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(before + BEGIN + text() + END + rest.split(END)[1])
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
-import converters
+from diffpeft import converters
 from diffpeft.cli import cli
 
 LORA = {f"lora_unet_conv_in.lora_{d}.weight": torch.ones(s) for d, s in (("down", (1, 4, 3, 3)), ("up", (8, 1, 1, 1)))}

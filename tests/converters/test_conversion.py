@@ -12,10 +12,9 @@ from click.testing import CliRunner
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import converters
-from converters import holding
-from diffpeft import CannotConvertError, CheckpointError, ConfigError, UnknownNameError
+from diffpeft import CannotConvertError, CheckpointError, ConfigError, UnknownNameError, converters
 from diffpeft.cli import cli
+from diffpeft.converters import holding
 from tests.converters.factory import checkpoint
 
 ALPHAS = {

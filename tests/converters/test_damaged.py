@@ -8,8 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import converters
-from diffpeft import load_lora, unload
+from diffpeft import converters, load_lora, unload
 from diffpeft.errors import CheckpointError, DiffpeftError
 from tests.robustness.seeds import unet
 

@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import converters
-from converters.formats.safeloras import layers_in
-from diffpeft import io
+from diffpeft import converters, io
+from diffpeft.converters.formats.safeloras import layers_in
 from diffpeft.definition import definition_of
 from diffpeft.errors import AmbiguousFormatError, CannotConvertError, CheckpointError
 

@@ -26,8 +26,8 @@ from diffusers.loaders import lora_conversion_utils as lora_files
 from diffusers.loaders import single_file_utils as single_files
 from torch import Tensor, nn
 
-from converters.families import TABLES, Rule, Table, text
-from converters.families.base import SWAPPED
+from diffpeft.converters.families import TABLES, Rule, Table, text
+from diffpeft.converters.families.base import SWAPPED
 from tests.pipeline import lorable
 
 

@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import converters
-from converters import FORMATS, TABLES
-from converters.formats import KeyParts
-from converters.formats.base import shares_word
+from diffpeft import converters
 from diffpeft.bundle import Entry, canonical
 from diffpeft.cli.convert import WRITTEN
+from diffpeft.converters import FORMATS, TABLES
+from diffpeft.converters.formats import KeyParts
+from diffpeft.converters.formats.base import shares_word
 from diffpeft.errors import AmbiguousFormatError, UnknownKeysError, WrongBaseError
 from diffpeft.methods.layout import MAGNITUDES, ROLES
 from tests.converters import table
@@ -290,9 +290,9 @@ def test_detection_imports_no_torch(tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_the_readme_says_what_the_matrix_says():
+def test_the_page_says_what_the_matrix_says():
     """`python -m tests.converters.table` writes it."""
-    assert table.text() in table.README.read_text()
+    assert table.text() in table.PAGE.read_text()
 
 
 def test_the_command_names_the_formats_that_can_be_written():

@@ -7,9 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save
 
-from converters.hashes import hashed
-from converters.spelling import Draft
 from diffpeft import io
+from diffpeft.converters.hashes import hashed
+from diffpeft.converters.spelling import Draft
 
 NUMBERS = torch.Generator().manual_seed(0)
 

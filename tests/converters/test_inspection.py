@@ -11,12 +11,11 @@ import torch
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
-import converters
-from converters.detection import _said
-from converters.inspection import block_of, by_block
-from converters.readers import readers
-from diffpeft import CheckpointError
+from diffpeft import CheckpointError, converters
 from diffpeft.cli import cli
+from diffpeft.converters.detection import _said
+from diffpeft.converters.inspection import block_of, by_block
+from diffpeft.converters.readers import readers
 
 LAYER = "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"
 

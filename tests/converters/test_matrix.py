@@ -15,9 +15,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import converters
-from converters import TABLES
-from diffpeft import CannotConvertError
+from diffpeft import CannotConvertError, converters
+from diffpeft.converters import TABLES
 from tests.converters import factory, test_families
 from tests.converters.factory import FORMATS, METHODS, NORMS, ORIGINAL, SINGLE, SITES, checkpoint, sites
 from tests.pairwise import pairwise, params

@@ -8,10 +8,10 @@ import warnings
 import pytest
 import torch
 
-import converters
-from converters import FORMATS, TABLES
-from converters.formats.wrappers import unwrapped
+from diffpeft import converters
 from diffpeft.bundle import Handle
+from diffpeft.converters import FORMATS, TABLES
+from diffpeft.converters.formats.wrappers import unwrapped
 from diffpeft.errors import CheckpointError, ConfigError, WrongBaseError
 from tests.converters import test_families
 from tests.converters.test_sizes import header, source
@@ -147,7 +147,7 @@ def test_a_wrapped_file_comes_back_byte_for_byte(case, tmp_path):
 @pytest.mark.parametrize("format", [name for name, fmt in FORMATS.items() if fmt.writable])
 def test_names_without_wrappers_are_left_alone(format):
     """The names of all families in every format; a module called `module` below another is no wrapper."""
-    from converters.formats import KeyParts
+    from diffpeft.converters.formats import KeyParts
     from tests.converters.test_formats import entry
 
     fmt = FORMATS[format]

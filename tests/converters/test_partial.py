@@ -20,9 +20,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import converters
-from converters import TABLES
-from diffpeft import CannotConvertError, CheckpointError, cli, io
+from diffpeft import CannotConvertError, CheckpointError, cli, converters, io
+from diffpeft.converters import TABLES
 from diffpeft.errors import AmbiguousFormatError, MissingKeysError, ShapeMismatchError, WrongBaseError
 from diffpeft.pipeline.open import EMBEDDED
 from tests.converters import factory, test_families

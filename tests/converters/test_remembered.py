@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import torch
 
-import converters
-from converters import detection
-from converters.opening import Opened, opened
-from diffpeft import io
+from diffpeft import converters, io
+from diffpeft.converters import detection
+from diffpeft.converters.opening import Opened, opened
 
 UNET = {
     f"down_blocks.0.attentions.0.transformer_blocks.0.attn2.{layer}.{role}.weight": torch.zeros(shape)

@@ -9,8 +9,8 @@ import math
 import peft
 import pytest
 
-from converters.formats.schema import FIELDS, OF_METHOD, check_fields
 from diffpeft import errors
+from diffpeft.converters.formats.schema import FIELDS, OF_METHOD, check_fields
 from diffpeft.llm import config as configs  # noqa: F401  (registers every config class)
 from diffpeft.methods.peft_config import PeftConfig
 

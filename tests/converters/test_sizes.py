@@ -9,11 +9,11 @@ import re
 
 import pytest
 
-import converters
-from converters import TABLES
-from converters.opening import Opened
-from converters.sizes import published
+from diffpeft import converters
 from diffpeft.bundle import Handle
+from diffpeft.converters import TABLES
+from diffpeft.converters.opening import Opened
+from diffpeft.converters.sizes import published
 from diffpeft.errors import WrongBaseError
 from tests.converters.published import MODELS, PATH, extents, originals, spellings, text
 

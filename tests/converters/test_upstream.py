@@ -16,8 +16,7 @@ from diffusers.utils.state_dict_utils import convert_state_dict_to_kohya
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import converters
-from diffpeft import CheckpointError
+from diffpeft import CheckpointError, converters
 from tests.converters.factory import METHODS
 
 # the loaders of the families' pipelines

@@ -309,6 +309,79 @@ def easyanimate() -> Any:
     )
 
 
+class Guardrail:
+    """NVIDIA's, which finds nothing wrong."""
+
+    def to(self, device: Any) -> None:
+        """It is everywhere."""
+
+    def check_text_safety(self, prompt: str) -> bool:
+        return True
+
+    def check_video_safety(self, frames: Any) -> Any:
+        return frames
+
+
+def _scaling() -> type:
+    """The transformer's class where torchvision, by which it scales a mask of zeros, is installed or does what it is asked."""
+    from diffusers.models.transformers import transformer_cosmos as module
+
+    if not hasattr(module, "transforms"):
+        module.transforms = SimpleNamespace(
+            functional=SimpleNamespace(resize=lambda x, size, interpolation: torch.nn.functional.interpolate(x, size)),
+            InterpolationMode=SimpleNamespace(NEAREST="nearest"),
+        )
+    return module.CosmosTransformer3DModel
+
+
+def cosmos(name: str = "TextToImage", **transformer: Any) -> Any:
+    """Cosmos 2, or 2.5 with Qwen2.5-VL."""
+    newer = name.startswith("_5")
+    clips = name != "TextToImage"
+    flow = {"use_karras_sigmas": not newer}
+    return getattr(diffusers, f"Cosmos2{name}Pipeline")(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**flow),
+        vae=diffusers.AutoencoderKLWan(
+            **{**CLIPS_OF_FRAMES, "temperal_downsample": [clips]},
+            scale_factor_temporal=1 + clips,
+            scale_factor_spatial=2,
+        ),
+        text_encoder=llm("Qwen3", 2) if newer else t5(),
+        tokenizer=chat(),
+        safety_checker=Guardrail(),
+        transformer=_scaling()(
+            in_channels=4 + clips,
+            out_channels=4,
+            num_attention_heads=2,
+            attention_head_dim=12,
+            num_layers=2,
+            text_embed_dim=16 if newer else 32,
+            adaln_lora_dim=8,
+            max_size=(32, 64, 128),
+            rope_scale=(1.0, 3.0, 3.0),
+            extra_pos_embed_type=None,
+            use_crossattn_projection=newer,
+            crossattn_proj_in_channels=32,
+            encoder_hidden_states_channels=16,
+        ),
+    )
+
+
+def _shown(name: str, pipe: Any) -> Any:
+    """A pipeline of the same components that is shown the first frame."""
+    shown = getattr(diffusers, f"{name}Pipeline")(**pipe.components)
+    if hasattr(pipe, "prompt_template_encode_start_idx"):
+        shown.prompt_template_encode_start_idx = pipe.prompt_template_encode_start_idx
+    return shown
+
+
+def skyreels_v1() -> Any:
+    """HunyuanVideo with the first frame in channels of its own."""
+    from tests.families.pipelines import _hunyuan_video
+
+    return _shown("HunyuanSkyreelsImageToVideo", _hunyuan_video(in_channels=8, guidance_embeds=True))
+
+
 # {kind: (family, makes a pipeline)}
 KINDS: dict[str, tuple[str, Any]] = {
     "hunyuan_video15": ("hunyuan_video15", lambda: hunyuan_video15(guidance_scale=1.0)),
@@ -321,15 +394,24 @@ KINDS: dict[str, tuple[str, Any]] = {
     "kandinsky5 video": ("kandinsky5_video", kandinsky5),
     "skyreels_v2": ("skyreels_v2", skyreels_v2),
     "easyanimate": ("easyanimate", easyanimate),
+    "cosmos": ("cosmos", cosmos),
+    "cosmos 2.5": ("cosmos25", lambda: cosmos("_5_PredictBase")),
 }
 # of LTX-2, shown the first frame in its place, beside sound
 WITH_SOUND: dict[str, tuple[str, Any]] = {
     "ltx2 i2v": ("ltx2_i2v", lambda: diffusers.LTX2ImageToVideoPipeline(**ltx2(False).components)),
     "ltx2 i2v, 2.3": ("ltx2_i2v", lambda: diffusers.LTX2ImageToVideoPipeline(**ltx2(True).components)),
 }
+# shown the first frame in its place, which their pipelines put there
+IN_PLACE: dict[str, tuple[str, Any]] = {
+    "cosmos i2v": ("cosmos_i2v", lambda: cosmos("VideoToWorld")),
+    "sana_video i2v": ("sana_video_i2v", lambda: _shown("SanaImageToVideo", sana_video())),
+    "kandinsky5 i2v": ("kandinsky5_i2v", lambda: _shown("Kandinsky5I2V", kandinsky5())),
+}
 # of models that are shown the first frame
 FIRST_FRAMES: dict[str, tuple[str, Any]] = {
     "hunyuan_video15 i2v": ("hunyuan_video15_i2v", lambda: hunyuan_video15(shown=True, guidance_scale=1.0)),
+    "skyreels v1 i2v": ("skyreels_v1_i2v", skyreels_v1),
     "cogvideox i2v": ("cogvideox_i2v", lambda: cogvideox(False, shown=True)),
     "cogvideox 1.5 i2v": ("cogvideox_i2v", lambda: cogvideox(True, shown=True)),
 }

@@ -105,6 +105,15 @@ def _flux(guided: bool, of: str = "FluxPipeline", channels: int = 16, **schedule
     )
 
 
+def _flux_fill() -> Any:
+    """With a VAE that takes eight pixels for one, as a mask's are taken for granted."""
+    from tests.families.followed import _eight
+
+    parts = _flux(True, channels=2 * 16 + 4 * 64, **_DYNAMIC).components
+    parts["vae"] = _eight(scaling_factor=0.3611, shift_factor=0.1159)
+    return diffusers.FluxFillPipeline(**{name: part for name, part in parts.items() if part is not None})
+
+
 # -- transformers that read language models ------------------------------------------------------------------------------
 
 
@@ -170,8 +179,13 @@ class Qwen2VLProcessor(ProcessorMixin):  # type: ignore[misc]
             patch_size=4, merge_size=2, temporal_patch_size=2, min_pixels=64, max_pixels=64 * 64
         )
 
-    def __call__(self, text: list[str], images: Any = None, **options: Any) -> Any:
+    @property
+    def image_token_id(self) -> int:
+        return self.tokenizer.convert_tokens_to_ids("<|image_pad|>")
+
+    def __call__(self, text: list[str], images: Any = None, videos: Any = None, **options: Any) -> Any:
         seen = {} if images is None else self.image_processor(images, return_tensors="pt")
+        text = list(text)
         counts = [int(grid.prod()) // 4 for grid in seen.get("image_grid_thw", ())]
         for n, line in enumerate(text):
             first, *others = line.split("<|image_pad|>")
@@ -218,6 +232,45 @@ def _qwen_image(of: str = "QwenImagePipeline", **scheduler: Any) -> Any:
             axes_dims_rope=(4, 4, 8),
         ),
     )
+
+
+def _longcat_edit() -> Any:
+    read = _seeing()
+    read["text_processor"] = read.pop("processor")
+    return diffusers.LongCatImageEditPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(**_DYNAMIC),
+        vae=_vae(scaling_factor=0.3611, shift_factor=0.1159, latent_channels=16),
+        **read,
+        transformer=diffusers.LongCatImageTransformer2DModel(
+            num_layers=1,
+            num_single_layers=2,
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=64,
+            joint_attention_dim=16,
+            pooled_projection_dim=16,
+            axes_dims_rope=[4, 4, 8],
+        ),
+    )
+
+
+def _kandinsky5_edit() -> Any:
+    from tests.families.followed import _eight, _filled
+
+    read, channels = _seeing(), {"in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 32}
+    widths = {"time_dim": 16, "model_dim": 32, "ff_dim": 48, "axes_dims": (4, 4, 8)}
+    blocks = {"patch_size": (1, 2, 2), "num_text_blocks": 1, "num_visual_blocks": 2, "visual_cond": True}
+    pipe = diffusers.Kandinsky5I2IPipeline(
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=_eight(scaling_factor=0.3611, shift_factor=0.1159),
+        text_encoder=read["text_encoder"],
+        tokenizer=read["processor"],
+        text_encoder_2=clip(),
+        tokenizer_2=tokenizer(),
+        transformer=_filled(diffusers.Kandinsky5Transformer3DModel(**channels, **widths, **blocks)),
+    )
+    pipe.prompt_template_encode_start_idx = 20
+    return pipe
 
 
 def _chroma() -> Any:
@@ -592,10 +645,21 @@ def _ltx_i2v() -> Any:
     return diffusers.LTXImageToVideoPipeline(**parts)
 
 
+def _skyreels_v2_i2v() -> Any:
+    """SkyReels-V2 with CLIP's eyes, as Wan 2.1 has them."""
+    parts = _wan_i2v(sees=True).components
+    parts = {name: part for name, part in parts.items() if name != "transformer_2"}
+    sizes = {"num_attention_heads": 2, "attention_head_dim": 12, "in_channels": 12, "out_channels": 4, "text_dim": 32}
+    sizes |= {"freq_dim": 16, "ffn_dim": 32, "num_layers": 2, "image_dim": 16, "added_kv_proj_dim": 24}
+    transformer = diffusers.SkyReelsV2Transformer3DModel(**sizes)
+    return clips._cleaned(diffusers.SkyReelsV2ImageToVideoPipeline)(**parts | {"transformer": transformer})
+
+
 FIRST_FRAMES["ltx i2v"] = ("ltx_i2v", _ltx_i2v)
+FIRST_FRAMES["skyreels v2 i2v"] = ("skyreels_v2_i2v", _skyreels_v2_i2v)
 
 
-def _hunyuan_video() -> Any:
+def _hunyuan_video(**config: Any) -> Any:
     return diffusers.HunyuanVideoPipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0),
         vae=diffusers.AutoencoderKLHunyuanVideo(**HUNYUAN_VAE),
@@ -604,7 +668,7 @@ def _hunyuan_video() -> Any:
         text_encoder_2=clip(),
         tokenizer_2=tokenizer(),
         transformer=diffusers.HunyuanVideoTransformer3DModel(
-            in_channels=4,
+            in_channels=config.pop("in_channels", 4),
             out_channels=4,
             num_attention_heads=2,
             attention_head_dim=16,
@@ -614,6 +678,7 @@ def _hunyuan_video() -> Any:
             text_embed_dim=16,
             pooled_projection_dim=32,
             rope_axes_dim=(4, 4, 8),
+            **config,
         ),
     )
 
@@ -661,12 +726,22 @@ KINDS: dict[str, tuple[str, Any]] = {
     "flux control": ("flux_control", lambda: _flux(True, "FluxControlPipeline", 32, **_DYNAMIC)),
     "qwen_image edit": ("qwen_image_edit", lambda: _qwen_image("QwenImageEditPipeline")),
     "qwen_image edit plus": ("qwen_image_edit_plus", lambda: _qwen_image("QwenImageEditPlusPipeline")),
+    "flux fill": ("flux_fill", _flux_fill),
+    "longcat_image edit": ("longcat_image_edit", _longcat_edit),
+    "kandinsky5 edit": ("kandinsky5_edit", _kandinsky5_edit),
     **clips.KINDS,
     "sd3.5, dynamic shift": ("sd3", lambda: _sd3(True, **_DYNAMIC)),
 }
 
 
-EDITS = ("flux control", "qwen_image edit", "qwen_image edit plus")  # that draw nothing without a control image
+EDITS = (
+    "flux control",
+    "flux fill",
+    "qwen_image edit",
+    "qwen_image edit plus",
+    "longcat_image edit",
+    "kandinsky5 edit",
+)  # that draw nothing without a control image
 
 # the kinds that stand for those of their kind; the others run in `make test-all`
 ALWAYS = ("sd", "flux dev", "flux schnell", "flux,", "z_image", "flux2 klein", "ltx")

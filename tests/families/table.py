@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from pathlib import Path
 
-from converters.families import TABLES
-from converters.formats import FORMATS
-from converters.readers import readers
+from diffpeft.converters.families import TABLES
+from diffpeft.converters.formats import FORMATS
+from diffpeft.converters.readers import readers
 from diffpeft.families import FAMILIES, Family, named_as
 from diffpeft.families.dit import ClipTransformer
 from tests.converters.table import BEGIN, END, formats_of, table

@@ -16,17 +16,18 @@ from diffpeft.errors import WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, open_family
 from diffpeft.families.dit import ClipTransformer
 from diffpeft.families.prompts import embedded
+from diffpeft.pipeline import guardrail
 from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth
-from tests.families.clips import FIRST_FRAMES, WITH_SOUND
+from tests.families.clips import FIRST_FRAMES, IN_PLACE, WITH_SOUND
 from tests.families.pipelines import KINDS, made
 from tests.families.test_family_laws import calls, compare
 
 SIDE = 32
-EVERY = {**KINDS, **FIRST_FRAMES, **WITH_SOUND}
+EVERY = {**KINDS, **FIRST_FRAMES, **WITH_SOUND, **IN_PLACE}
 KINDS_OF_CLIPS = {family: kind for kind, (family, _) in EVERY.items() if issubclass(FAMILIES[family], ClipTransformer)}
 LENGTHS = dict.fromkeys(
-    ("hunyuan_video", "hunyuan_video15", "hunyuan_video15_i2v"), 120
+    ("hunyuan_video", "hunyuan_video15", "hunyuan_video15_i2v", "cosmos25", "skyreels_v1_i2v"), 120
 )  # tokens of captions; of others 40
 
 
@@ -42,7 +43,9 @@ def footage(folder, name, count):
 @pytest.mark.slow
 @pytest.mark.parametrize("family", KINDS_OF_CLIPS)
 def test_a_run_on_clips_and_a_picture(family, tmp_path):
-    made(EVERY, KINDS_OF_CLIPS[family], torch.float32).save_pretrained(tmp_path / "model")
+    pipe = made(EVERY, KINDS_OF_CLIPS[family], torch.float32)
+    unguarded = guardrail.is_lacking(type(pipe).__name__)
+    pipe.save_pretrained(tmp_path / "model")
     for name in ("cat_face", "airplane"):
         footage(tmp_path / "data", name, 14)
     Image.open(EMBEDDED.parent / "demo/train/bell_pepper.png").save(tmp_path / "data/still.png")
@@ -59,7 +62,7 @@ def test_a_run_on_clips_and_a_picture(family, tmp_path):
         lr=1e-2,
         targets="attn-mlp",
         max_length=LENGTHS.get(family, 40),
-        sample_prompt=f"a cat --f 13 --s 2 --w {SIDE} --h {SIDE}",
+        **({"sample_every": 0} if unguarded else {"sample_prompt": f"a cat --f 13 --s 2 --w {SIDE} --h {SIDE}"}),
     )
     run = dreambooth.train(config)
     assert run.account.framing.step == run.family.temporal
@@ -84,7 +87,7 @@ def answer(family):
 @pytest.mark.parametrize("kind", FIRST_FRAMES)
 def test_a_first_frame_is_read_as_the_pipeline_hands_it(kind, monkeypatch):
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, *_: self.mean)  # which the pipeline draws
-    family = open_family(made(EVERY, kind, torch.float64), CaptionReading(40))
+    family = open_family(made(EVERY, kind, torch.float64), CaptionReading(LENGTHS.get(EVERY[kind][0], 40)))
     pixels = torch.randint(0, 256, (1, 3, 13, 32, 64), generator=torch.Generator().manual_seed(0)).double() / 127.5 - 1
     image = Image.fromarray(((pixels[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy().astype(np.uint8))
     x, _ = family.encode(pixels)
@@ -102,6 +105,41 @@ def test_a_first_frame_is_read_as_the_pipeline_hands_it(kind, monkeypatch):
     assert ours.keys() == theirs.keys()
     compare(ours, theirs, rtol=1e-5, atol=1e-6)  # images are in single precision
     assert (conditions["known"][:, :, 0] != 0).all() and not conditions["known"][:, :, 1:].any()
+
+
+def shown(kind):
+    """A family that is shown a first frame, pixels of a clip, and the keywords of its pipeline for one like it without guidance."""
+    family = open_family(made(EVERY, kind, torch.float64), CaptionReading(LENGTHS.get(EVERY[kind][0], 40)))
+    pixels = torch.randint(0, 256, (1, 3, 13, 32, 64), generator=torch.Generator().manual_seed(0)).double() / 127.5 - 1
+    image = Image.fromarray(((pixels[0, :, 0] + 1) * 127.5).round().byte().permute(1, 2, 0).numpy())
+    read = embedded(family, ["a red cat"])
+    size = {"height": 32, "width": 64, "num_frames": 13, "frames": 13, "num_inference_steps": 2, "guidance_scale": 1.0}
+    takes = inspect.signature(type(family.pipe).__call__).parameters
+    keywords = family.prompted(read, read) | family.pictured([image], (64, 32)) | {"output_type": "latent"}
+    return family, pixels, read, keywords | {name: value for name, value in size.items() if name in takes}
+
+
+LAYOUTS = {"kandinsky5 i2v": lambda z: z.movedim(-1, 1)[:, :4]}  # how a transformer reads clips
+
+
+@torch.no_grad()
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", IN_PLACE)
+def test_a_first_frame_in_its_place_is_read_as_the_pipeline_hands_it(kind, monkeypatch):
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mean)
+    family, pixels, read, keywords = shown(kind)
+    model = family.parts(family.denoiser)
+    layout = LAYOUTS.get(kind, lambda z: z)
+    theirs, *later = calls(model, lambda: family.pipe(**keywords, generator=torch.Generator().manual_seed(1)))
+    x = layout(theirs["hidden_states"])
+    noised = torch.cat([torch.full_like(x[:, :, :1], 9.0), x[:, :, 1:]], 2)  # which nothing reads
+    conditions = family.condition(pixels, [])
+    assert len(later) == 1 and conditions.pop("counts").flatten().tolist() == [0, *[1] * (x.shape[2] - 1)]
+    time = theirs["timestep"].flatten()[-1:].double() / (1 if "cosmos" in kind else 1000)
+    (ours,) = calls(model, lambda: family.predict(noised, time, read | conditions))
+    assert ours.keys() == theirs.keys()
+    assert theirs["timestep"].numel() == 1 or theirs["timestep"].flatten()[0] < 1e-3 < time
+    compare(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @torch.no_grad()

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import converters
-from converters.families import TABLES
-from converters.readers import OTHERS, READERS, ROWS, reads
-from diffpeft import TrainConfig
+from diffpeft import TrainConfig, converters
+from diffpeft.converters.families import TABLES
+from diffpeft.converters.readers import OTHERS, READERS, ROWS, reads
 from diffpeft.families import CaptionReading, family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
 from diffpeft.train import dreambooth

@@ -11,9 +11,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-import converters
 import diffpeft
-from diffpeft import TrainConfig
+from diffpeft import TrainConfig, converters
 from diffpeft.errors import ConfigError
 from diffpeft.families import CaptionReading, open_family
 from diffpeft.families.prompts import embedded
@@ -23,7 +22,7 @@ from diffpeft.train import dreambooth
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.dry import plan
-from diffpeft.train.experts import experts_of
+from diffpeft.train.experts import asked_alone, experts_of
 from diffpeft.train.showing import uses_of
 from tests.families.pipelines import pipeline
 
@@ -82,6 +81,24 @@ def test_each_row_is_asked_of_the_denoiser_that_the_pipeline_asks_at_its_time():
         want = model(x[row : row + 1], 1000 * time[None], texts["text"][row : row + 1], return_dict=False)[0]
         torch.testing.assert_close(got[row : row + 1], want, rtol=1e-9, atol=1e-9)
     assert not torch.equal(pipe.transformer.proj_out.weight, pipe.transformer_2.proj_out.weight)
+
+
+def test_a_step_of_one_expert_reads_no_times():
+    """They are on the device, which would have to be waited for; and at the boundary rounding would tell."""
+    family = open_family(pipeline("wan, two experts"))
+    x, t = torch.randn(2, 4, 1, 16, 16, dtype=torch.float64), torch.full((2,), 0.1, dtype=torch.float64)
+    texts, read = embedded(family, ["a", "b"]), []
+
+    class Watched(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            read.extend(function.__name__ for a in args if a is t and function.__name__.startswith(("ge", "_to_copy")))
+            return function(*args, **(kwargs or {}))
+
+    with torch.no_grad(), asked_alone(family, "transformer"), Watched():
+        got = family.predict(x, t, texts)
+    want = family.pipe.transformer(x, 1000 * t, texts["text"], return_dict=False)[0]
+    torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert not read and family.only is None
 
 
 def test_every_pair_of_steps_trains_each_at_its_noise_and_leaves_the_other_alone(folder, monkeypatch):

@@ -94,6 +94,11 @@ def frames_first(pipe, x):
     return x.transpose(1, 2)
 
 
+def one_frame(pipe, x):
+    """Images as clips."""
+    return x.unsqueeze(2)
+
+
 def beside_nothing(pipe, x):
     """Clips with channels last, and zeros for a first frame and its mask."""
     x = x.movedim(1, -1)
@@ -117,6 +122,7 @@ SPELT = {
     "ltx2": (tokens, tokens),
     "cogvideox": (frames_first, frames_first),
     "mochi": (plain, lambda pipe, v: -v),
+    "cosmos": (one_frame, one_frame),
     "kandinsky5_video": (beside_nothing, lambda pipe, v: v.movedim(1, -1)),
 }
 BINNED = {
@@ -144,17 +150,21 @@ ASKED = {
     "kandinsky5_video": {"num_frames": 1},
     "skyreels_v2": {"num_frames": 1},
     "easyanimate": {"num_frames": 1},
+    "cosmos25": {"num_frames": 1},
 }
 
 
 # {family: how its pipeline is asked for guidance, and for it by a blank prompt}, where that is not as it is elsewhere
 GUIDED = {"qwen_image": {"true_cfg_scale": 3.0}, "hunyuan_video15": {}}
-BLANK = {name: {"negative_prompt": ["", ""]} for name in ("qwen_image", "kandinsky5_video", "easyanimate")}
+BLANK = {
+    name: {"negative_prompt": ["", ""]}
+    for name in ("qwen_image", "kandinsky5_video", "easyanimate", "cosmos", "cosmos25")
+}
 # {family: how many tokens of captions are read here: less than usual, for speed}
 TEXT = 40
 READ = {family: TEXT for family in FAMILIES if family not in ("sd15", "sd2", "sdxl", "flux", "flux_kontext")}
 READ["easyanimate"] = 256
-READ |= dict.fromkeys(("hunyuan_video", "krea2", "qwen_image", "flux2"), 120) | {
+READ |= dict.fromkeys(("hunyuan_video", "krea2", "qwen_image", "flux2", "cosmos25"), 120) | {
     "lumina2": 80
 }  # most are of the system prompt
 # that take no negative texts; the second has no system prompt before them, and the last no instruction
@@ -205,6 +215,10 @@ def draw(family, x, sigma=None, prompts=PROMPTS, **options):
 
     def begun(scheduler, *_, sigmas=None, timesteps=None, mu=None, device=None, **__):
         said = {} if mu is None else {"mu": mu}
+        if explodes(scheduler):
+            times(scheduler, 2, device=device)
+            scheduler.sigmas[:2] = torch.tensor([sigma / (1 - sigma), 1e-7])
+            return
         times(
             scheduler,
             sigmas=[sigma],
@@ -218,12 +232,19 @@ def draw(family, x, sigma=None, prompts=PROMPTS, **options):
 
     pipe.vae.decode = decode
     size = {"height": HEIGHT, "width": WIDTH, "num_inference_steps": 2 if isinstance(pipe, MochiPipeline) else 1}
+    if explodes(pipe.scheduler):  # (1 - s) z + s n is handed over as z + s n / (1 - s), which it multiplies
+        x = x / (1 - sigma) / pipe.sigma_max
     try:
         with times_set_by(pipe, times if sigma is None else begun):
             pipe(prompt=list(prompts), latents=spelt(family, x), output_type="pt", **size | asked(family) | options)
     finally:
         del pipe.vae.decode
     return decoded[0]
+
+
+def explodes(scheduler):
+    """Whether latents are z + s n for a scheduler, as Cosmos 2 has them: its last step but one ends at no noise, and the last does nothing."""
+    return "sigma_data" in scheduler.config
 
 
 @contextlib.contextmanager
@@ -264,6 +285,8 @@ def first_level(family, shape):
 
 def noise_of(scheduler):
     """The shares of noise of a flow's steps."""
+    if explodes(scheduler):
+        return scheduler.sigmas.double() / (1 + scheduler.sigmas.double())
     return 1 - scheduler.sigmas.double() if scheduler.config.get("invert_sigmas") else scheduler.sigmas.double()
 
 
@@ -333,7 +356,8 @@ def read_alike(kind, family, z, n, **options):
     prompts = prompts_of(family)
     sigma = SIGMAS.get(family.levels.kind, [None])[0]
     denoiser = family.parts(family.denoiser)
-    (theirs,) = calls(denoiser, lambda: draw(family, n, sigma, prompts, **options))
+    theirs, *later = calls(denoiser, lambda: draw(family, n, sigma, prompts, **options))
+    assert len(later) == len(family.pipe.scheduler.timesteps) - 1
     u = first_level(family, z.shape)
     time = family.levels.noised(z, n, u).t
     conditions = embedded(family, prompts) | family.framed(FRAMES)
@@ -436,8 +460,8 @@ def test_a_flow_is_shifted_by_the_size_as_the_sampler_shifts_it(kind, family):
         assert family.levels.density == "uniform"
         return
     assert family.levels.density == "logit_normal"
-    if KINDS[kind][0] == "ideogram4":
-        return  # it shifts the levels itself
+    if KINDS[kind][0] in ("ideogram4", "cosmos"):
+        return  # they have levels of their own
     for height, width in ((HEIGHT, WIDTH), (3 * HEIGHT, 2 * WIDTH)):
         scheduler, said = family.pipe.scheduler, set_by(family, height, width)
         scheduler.set_timesteps(sigmas=[1.0, 0.7, 0.2], **said)
@@ -561,6 +585,18 @@ def test_every_layer_that_a_preset_chooses_is_learnt(family, latents):
     everything = select({"m": model}, targets="full")["m"].keys()
     excluded = {name for name in everything if re.fullmatch(unread or "", name)}
     assert idle & everything <= excluded and ("experts" in str(unread) or idle & everything == excluded)
+
+
+@pytest.mark.slow
+def test_experts_of_hidream_hand_gradients_on():
+    """Along one direction, against differences: diffusers' own way without training leaves them out."""
+    family, seed = open_family(pipeline("hidream"), CaptionReading(max_length=TEXT)), torch.Generator().manual_seed(0)
+    x, weights, along = (torch.randn(1, 4, 16, 32, generator=seed, dtype=torch.float64) for _ in range(3))
+    read, t = {k: v.detach() for k, v in embedded(family, PROMPTS[:1]).items()}, torch.tensor([0.5])
+    (family.predict(x.requires_grad_(), t, read) * weights).sum().backward()
+    with torch.no_grad():
+        above, below = ((family.predict(x + s * along, t, read) * weights).sum() for s in (1e-4, -1e-4))
+    torch.testing.assert_close((x.grad * along).sum(), (above - below) / 2e-4, rtol=2e-3, atol=0)
 
 
 def test_a_kandinsky_of_sparse_attention_has_sides_of_whole_squares():

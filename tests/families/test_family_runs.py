@@ -27,6 +27,7 @@ from diffpeft.train.data import View
 from diffpeft.train.draw import generator
 from diffpeft.train.objective import Batch, Objective, denoising
 from diffpeft.train.paired import HeldoutPictures, Paired
+from tests.families.clips import Guardrail
 from tests.families.pipelines import cells, pipeline
 
 IMAGES = ("cat_face", "airplane", "automobile", "alarm_clock")
@@ -65,6 +66,8 @@ RUNS = {  # {kind of pipeline: (learning rate, ModelSpec's architecture, sd-scri
     "kandinsky5 video": (1e-2, "kandinsky-5-video", "kandinsky5_video"),
     "skyreels_v2": (1e-2, "skyreels-v2", "skyreels_v2"),
     "easyanimate": (1e-2, "easyanimate-v5.1", "easyanimate"),
+    "cosmos": (1e-2, "cosmos-predict2", "cosmos_predict2"),
+    "cosmos 2.5": (1e-2, "cosmos-predict2.5", "cosmos_predict2_5"),
     "hunyuan_image": (1e-2, "hunyuan-image-2.1", "hunyuan_image"),
     "bria": (1e-2, "bria-3", "bria"),
     "bria_fibo": (1e-2, "bria-fibo", "bria_fibo"),
@@ -91,11 +94,13 @@ LANGUAGE = {kind: 40 for kind in RUNS if not kind.startswith(("sd1", "sd2", "sdx
     "krea2": 120,
     "qwen_image": 120,
     "flux2 dev": 120,
+    "cosmos 2.5": 120,
 }
 # whose layers have no names of kohya's
 UNNAMED = ("lumina2", "easyanimate", "ovis_image", "generic, a flow", "generic, levels by betas")
 LEFT_OUT = {
-    "sd3": {"text_encoder_3": None, "tokenizer_3": None}
+    "sd3": {"text_encoder_3": None, "tokenizer_3": None},
+    **{key: {"safety_checker": Guardrail()} for key in ("cosmos", "cosmos 2.5")},
 }  # what the model is without, and diffusers is to be told
 BLOCKS = (
     r"attentions\.|(?<!text_)(transformer|stream)_blocks\.|^(layers|blocks)\."  # where layers are that presets choose

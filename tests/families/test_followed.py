@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
-    FluxFillPipeline,
     FluxImg2ImgPipeline,
+    FluxInpaintPipeline,
     StableDiffusionInpaintPipeline,
 )
 
-from diffpeft import LoraConfig, attach
+from diffpeft import LoraConfig, attach, converters, load_lora, save_lora
 from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, Generic, family_of, open_family, trainable
 from diffpeft.families.discrete import Discrete
@@ -21,11 +22,11 @@ from diffpeft.families.generic import flattened, restored
 from diffpeft.families.latents import spread
 from diffpeft.families.parts import Parts
 from diffpeft.families.prompts import embedded, stacked
-from diffpeft.model.state import trained_parameters
+from diffpeft.model.state import slots_of, trained_parameters
 from diffpeft.train.cache import text_identity
 from tests.families import test_family_laws as laws
 from tests.families.followed import FOLLOWED, FP32
-from tests.families.pipelines import KINDS, cells, pipeline
+from tests.families.pipelines import KINDS, cells, made, pipeline
 from tests.families.test_family_laws import FRAMES, HEIGHT, PROMPTS, READ, UNCOUNTED, WIDTH, raw_latents
 from tests.families.test_family_laws import test_a_caption_is_read_alike_alone_and_among_others as test_captions_alone
 from tests.families.test_family_laws import test_a_level_and_its_share_of_noise_are_inverse as test_levels_inverse
@@ -48,11 +49,15 @@ REFUSED = {
     "flux control": "not one from text to an image",
     "qwen_image edit": "could not be followed",
     "qwen_image edit plus": "could not be followed",
+    "flux fill": "not one from text to an image",
+    "longcat_image edit": "not one from text to an image",
+    "kandinsky5 edit": "not one from text to an image",
     "ltx2": "connectors for more than a caption",
     "ltx2, 2.3": "connectors for more than a caption",
     "cogvideox 1.5": "more than another order of the noise",
     "sana_video": "divisible by 32",
     "mochi": "levels of its own",
+    "cosmos": "could not be followed",
 }
 
 
@@ -293,7 +298,7 @@ def test_what_is_kept_of_captions_is_of_the_pipeline_and_of_every_encoder():
 # -- what cannot be followed -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [FluxImg2ImgPipeline, FluxFillPipeline, StableDiffusionInpaintPipeline])
+@pytest.mark.parametrize("kind", [FluxImg2ImgPipeline, FluxInpaintPipeline, StableDiffusionInpaintPipeline])
 def test_another_pipeline_of_a_known_family_is_refused_by_name(kind):
     with pytest.raises(WrongBaseError, match=f"a {kind.__name__}.* cannot be trained"):
         trainable(kind.__name__, {})
@@ -370,6 +375,26 @@ def test_a_pipeline_is_as_it_was_after_it_was_followed():
     after = {name: value for name, value in pipe.__dict__.items() if name[0] != "_"}
     assert before.keys() == after.keys() and all(after[name] is value for name, value in before.items())
     assert "step" not in pipe.scheduler.__dict__
+
+
+def test_a_package_that_a_pipeline_lacks_is_named(monkeypatch):
+    pipe = pipeline("prx")
+    monkeypatch.delattr(sys.modules[type(pipe).__module__], "ftfy")
+    with pytest.raises(ConfigError, match=r"works by ftfy, which is not installed(?s:.*)pip install ftfy"):
+        embedded(open_family(pipe), ["a dog"])
+
+
+@pytest.mark.parametrize("kind", ["generic, levels by betas", pytest.param("easyanimate", marks=pytest.mark.slow)])
+def test_a_file_of_a_model_without_a_table_is_taken_for_no_other(kind, tmp_path):
+    pipe = made(KINDS | FOLLOWED, kind, torch.float32)
+    attach(pipe, LoraConfig(r=2), "style", targets="attn")
+    save_lora(pipe, tmp_path / "style.safetensors", name="style", format="diffusers")
+    seen = converters.inspect(tmp_path / "style.safetensors")
+    assert (seen.family, seen.readable_by) == ("", ())
+    with pytest.raises(WrongBaseError, match="unknown family"):
+        converters.convert(tmp_path / "style.safetensors", tmp_path / "other.safetensors", to="kohya")
+    report = load_lora(pipe, tmp_path / "style.safetensors", name="again")
+    assert seen.layers == len(slots_of(pipe, "again")) > 0 and len(report.matched) == seen.layers
 
 
 def test_a_clip_skip_and_a_length_that_cannot_be_told_are_refused():

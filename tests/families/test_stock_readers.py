@@ -9,9 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-import converters
-from converters.readers import READERS
-from diffpeft import TrainConfig
+from diffpeft import TrainConfig, converters
+from diffpeft.converters.readers import READERS
 from diffpeft.families import CaptionReading, family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
 from diffpeft.train import dreambooth
@@ -39,8 +38,7 @@ ASIDE = (
     "flux,",
     "wan, two",
 )  # have others that stand for them, or files of their own
-UNNAMED = ("easyanimate",)  # of which nothing is known, and whose names may be another's
-OTHERS = [kind for kind in KINDS if not kind.startswith(ASIDE) and kind not in (*EDITS, *UNNAMED)]
+OTHERS = [kind for kind in KINDS if not kind.startswith(ASIDE) and kind not in EDITS]
 MODELS = {
     "sd15": partial(pipeline, "sd15", torch.float32),
     "sdxl": deep_sdxl,

@@ -126,6 +126,7 @@ def test_imports_are_served(mode):
     assert all(message in line for message, line in zip(messages, printed, strict=True))
 
 
+@pytest.mark.slow
 def test_the_real_peft_is_refused_and_stays():
     program = """
     import sys

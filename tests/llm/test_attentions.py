@@ -12,9 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import converters
 import diffpeft
-from diffpeft import ConfigError, LoHaConfig, LoraConfig, PeftModel, get_peft_model
+from diffpeft import ConfigError, LoHaConfig, LoraConfig, PeftModel, converters, get_peft_model
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 PREFIX = "base_model.model."

@@ -12,9 +12,8 @@ import pytest
 import torch
 from torch import nn
 
-import converters
 import diffpeft
-from diffpeft import AdapterStateError, LoraConfig, PeftModel, get_peft_model, set_adapters
+from diffpeft import AdapterStateError, LoraConfig, PeftModel, converters, get_peft_model, set_adapters
 from diffpeft.errors import CannotConvertError, NoWeightError, ShapeMismatchError
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

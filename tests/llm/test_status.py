@@ -40,6 +40,7 @@ METHODS = {
     "ia3": ("IA3Config", {"feedforward_modules": []}),
     "hra": ("HRAConfig", {}),
     "vera": ("VeraConfig", {}),
+    "hira": ("HiraConfig", {}),
 }
 
 

@@ -16,9 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import converters
 import diffpeft
-from diffpeft import CannotConvertError, CheckpointError, ConfigError, set_adapters
+from diffpeft import CannotConvertError, CheckpointError, ConfigError, converters, set_adapters
 from diffpeft.bundle import Bundle
 from diffpeft.methods import METHODS, Geometry, Spec
 from diffpeft.methods.adalora import AdaLora, AdaLoraConfig

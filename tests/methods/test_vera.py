@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-import converters
 import diffpeft
+from diffpeft import converters
 from diffpeft.layers.slot import Bank
 from diffpeft.methods import Geometry, Spec
 from diffpeft.methods.vera import Vera, VeraConfig

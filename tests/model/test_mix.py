@@ -110,6 +110,8 @@ def adapted(pipe):
         ({"a": {"unet.mid_blok": 1.0}}, UnknownNameError, "unet.mid_block"),
         ({"a": {"unet.conv_out": 1.0}}, UnknownNameError, "matches no layer of adapter 'a'"),
         ({"b": {"text_encoder_2": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
+        ({"b": {"text_encoder.encoder.layrs": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
+        ({"b": {"text_encoder.encoder.layers.99": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
         ({"b": {"text_*.layers": 1.0}}, UnknownNameError, "matches no layer of adapter 'b'"),
         ({"a": {"": 1.0}}, UnknownNameError, "matches no layer"),
         ({"a": math.nan}, ConfigError, "nan"),
@@ -222,3 +224,17 @@ def test_nothing_to_unload_is_nothing_to_do(pipe):
     unload(nn.Linear(2, 2))
     with pytest.raises(UnknownNameError, match="Known: none"):
         unload(pipe, "a")
+
+
+@pytest.mark.parametrize(
+    "pattern", ["text_encoder", "text_*", "text_encoder.encoder.layers.0", "text_encoder.text_model.encoder.layers.*"]
+)
+def test_a_component_that_an_adapter_lacks_may_be_named(adapted, pattern):
+    """One mix is for many adapters: what the pipeline has and the adapter lacks is passed over, in rows and blocks too."""
+    mix = {"b": {pattern: 0.0, "unet": 0.5}}
+    set_adapters(adapted, mix)
+    assert mix_of(adapted.unet).choice.levels["b"][-1] == 0.5 and get_adapters(adapted)["b"].active
+    set_adapters(adapted, [mix, {"a": {pattern: 0.0}}])
+    with adapters(adapted, mix):
+        pass
+    set_adapters(adapted, {"b": {pattern: 0.0}})

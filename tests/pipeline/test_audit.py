@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import converters
+from diffpeft import converters
 from tests.pipeline.states import lora
 
 SCRIPT = """

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-import converters
 from diffpeft import (
     LoHaConfig,
     attach,
     combine,
+    converters,
     detach,
     fuse,
     load_lora,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from diffpeft import CheckpointError, TrainConfig
+from diffpeft import CheckpointError, ConfigError, TrainConfig
 from diffpeft.layers.packed import PackedLinear
 from diffpeft.layers.streaming import stream_of
 from diffpeft.pipeline.open import open_parts
@@ -103,6 +103,36 @@ def test_a_file_in_8_bits_is_what_its_numbers_stand_for(kind, spelling, dtype, f
     assert not any(p.is_meta for p in few.parameters())
 
 
+def weights(model):
+    return {name: t.clone() for name, t in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("kind", ["z_image", pytest.param("flux dev", marks=SLOW)])
+def test_a_denoiser_alone_takes_the_others_from_a_base_that_has_them(kind, folder, tmp_path):
+    state = pipeline(kind, torch.float32).transformer.state_dict()
+    files = {"few": in_8_bits(state, "scale_weight")[0], "plain": state}
+    for name, file in files.items():
+        save_file({key: t.contiguous() for key, t in file.items()}, path := tmp_path / f"{name}.safetensors")
+        parts, whole = open_parts(str(path), str(folder / kind)), open_parts(str(folder / kind))
+        for component in ("vae", "text_encoder"):
+            torch.testing.assert_close(weights(parts(component)), weights(whole(component)), rtol=0, atol=0)
+        with pytest.raises(CheckpointError, match="no vae, and its base has no weights"):
+            open_parts(str(path), str(folder / f"{kind} base"))("vae")
+
+
+def test_a_file_of_one_of_two_denoisers_is_of_the_one_that_is_said(tmp_path):
+    pipe = pipeline("wan, two experts", torch.float32)
+    pipe.save_pretrained(tmp_path / "base")
+    mine = {name: t + 1 for name, t in pipe.transformer.state_dict().items()}
+    save_file(mine, path := tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="its base has two"):
+        open_parts(str(path), str(tmp_path / "base"))
+    for denoiser, other in (("transformer", "transformer_2"), ("transformer_2", "transformer")):
+        parts = open_parts(str(path), str(tmp_path / "base"), denoiser=denoiser)
+        torch.testing.assert_close(weights(parts(denoiser)), mine, rtol=0, atol=1e-6)
+        torch.testing.assert_close(weights(parts(other)), weights(getattr(pipe, other)), rtol=0, atol=0)
+
+
 def unet_of(pipe):
     return {name: t for name, t in original(pipe).items() if name.startswith("model.diffusion_model.")}
 
@@ -142,6 +172,7 @@ def written_gguf(tensors, path, kind):
     return stands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["Q8_0", pytest.param("Q4_0", marks=SLOW), pytest.param("BF16", marks=SLOW)])
 def test_a_gguf_file_is_trained_on_in_its_bits(kind, folder, tmp_path):
     code = getattr(gguf.GGMLQuantizationType, kind)

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import converters
 from diffpeft import (
     AdapterStateError,
     ConfigError,
@@ -14,6 +13,7 @@ from diffpeft import (
     ShapeMismatchError,
     UnknownNameError,
     adapters,
+    converters,
     fuse,
     get_adapters,
     load_lora,

@@ -7,13 +7,13 @@ import random
 import pytest
 import torch
 
-import converters
 from diffpeft import (
     AdapterStateError,
     CheckpointError,
     ConfigError,
     UnknownNameError,
     adapters,
+    converters,
     fuse,
     get_adapters,
     load_lora,

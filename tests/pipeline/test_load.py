@@ -14,7 +14,6 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import converters
 from diffpeft import (
     AdapterStateError,
     CannotConvertError,
@@ -30,6 +29,7 @@ from diffpeft import (
     UnsafeFileError,
     WrongBaseError,
     attach,
+    converters,
     get_adapters,
     load_lora,
     save_lora,
@@ -766,3 +766,20 @@ def test_the_pipeline_object_is_untouched(adapter, pipe):
         load_lora(pipe, adapter())
     unload(pipe)
     assert dict(vars(pipe)) == before
+
+
+def test_an_adapter_may_be_loaded_without_being_active(pipe, image):
+    """A server loads many, and draws with those that it names."""
+    plain = image(pipe)
+    report = load_lora(pipe, lora(), adapter_name="a", active=False)
+    status = get_adapters(pipe)["a"]
+    assert report.name == "a" and report.matched
+    assert not status.active and status.strength == 0.0
+    assert torch.equal(image(pipe), plain)
+    load_lora(pipe, lora(), name="b", weight=0.5)
+    load_lora(pipe, lora(), name="c", active=False, weight=0.7)
+    assert [name for name, status in get_adapters(pipe).items() if status.active] == ["b"]
+    set_adapters(pipe, {"a": 1.0})
+    assert get_adapters(pipe)["a"].active and not torch.equal(image(pipe), plain)
+    unload(pipe)
+    assert torch.equal(image(pipe), plain)

@@ -13,9 +13,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import converters
-from converters import TABLES
-from diffpeft import UnknownKeysError, WrongBaseError, fuse, load_lora, save_lora, unfuse, unload
+from diffpeft import UnknownKeysError, WrongBaseError, converters, fuse, load_lora, save_lora, unfuse, unload
+from diffpeft.converters import TABLES
 from tests.pipeline.denoisers import CALLED_TOO, MODELS, model, output
 
 PLAIN = (nn.Linear, nn.Conv2d, nn.Conv3d)

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import nn
 
 import diffpeft
-from converters import FORMATS
 from diffpeft import attach, load_lora, save_lora, unload
+from diffpeft.converters import FORMATS
 from diffpeft.errors import CannotConvertError, ConfigError
 from diffpeft.families import family_of
 from diffpeft.model.state import bundle_of, slots_of

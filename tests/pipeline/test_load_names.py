@@ -12,11 +12,10 @@ import transformers
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import converters
 import diffpeft
-from converters import TABLES
-from diffpeft import LoHaConfig, LoKrConfig, LoraConfig, attach, get_adapters, load_lora, save_lora, unload
+from diffpeft import LoHaConfig, LoKrConfig, LoraConfig, attach, converters, get_adapters, load_lora, save_lora, unload
 from diffpeft.bundle import COMPONENTS
+from diffpeft.converters import TABLES
 from diffpeft.errors import CannotConvertError, ConfigError, ShapeMismatchError, UnknownKeysError, WrongBaseError
 from diffpeft.families import family_of
 from diffpeft.model.state import slots_of

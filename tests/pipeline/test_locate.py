@@ -1,13 +1,17 @@
 """What names an adapter on the Hub: ids, links, owner/name/file; nothing is fetched here."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+from safetensors.torch import save_file
 
-from diffpeft import CheckpointError, UnreadableFileError
-from diffpeft.pipeline.locate import located, on_hub
+import diffpeft
+from diffpeft import CheckpointError, ConfigError, UnreadableFileError, converters, load_lora, replace
+from diffpeft.converters.locating import located, name_in, on_hub
 from diffpeft.pipeline.open import check_model
 
 LINKS = {
@@ -126,3 +130,144 @@ def test_without_the_hub_the_message_says_filename(monkeypatch):
 def test_a_link_instead_of_a_models_id_is_answered_with_the_id():
     with pytest.raises(CheckpointError, match="Pass its Hub id: owner/name"):
         check_model("https://huggingface.co/owner/name", None)
+
+
+TOP = "pytorch_lora_weights.safetensors"
+GUESSES = [  # files of a repository, and the one that diffusers takes; None where it takes the first of several
+    ([TOP, "x.safetensors"], TOP),
+    (["x.safetensors", f"a/{TOP}"], f"a/{TOP}"),
+    (["x.safetensors", "scheduler.safetensors", "optimizer.safetensors"], "x.safetensors"),
+    (["x.safetensors", "checkpoint-500/model.safetensors", f"checkpoint-500/{TOP}"], "x.safetensors"),
+    (["a/x.safetensors"], "a/x.safetensors"),
+    (["a.safetensors", "b.safetensors"], None),
+    ([f"a/{TOP}", f"b/{TOP}", "x.safetensors"], None),
+]
+
+
+@pytest.fixture
+def recorded(monkeypatch, tmp_path):
+    """A Hub with these files, whose functions take what huggingface_hub's take; the options of every call."""
+    calls = []
+
+    def make(*files):
+        def download(repo, name, **options):
+            calls.append(options)
+            if name not in files:
+                raise EntryNotFoundError("no such entry")
+            return str(tmp_path / name)
+
+        def listing(repo, **options):
+            calls.append(options)
+            return [*files, "README.md", "image.png"]
+
+        monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", listing)
+        return calls
+
+    return make
+
+
+@pytest.mark.parametrize("files, taken", GUESSES)
+def test_the_file_of_a_repository_is_guessed_as_diffusers_does(files, taken, recorded, tmp_path, monkeypatch):
+    from diffusers.loaders import lora_base
+
+    siblings = SimpleNamespace(siblings=[SimpleNamespace(rfilename=file) for file in files])
+    monkeypatch.setattr(lora_base, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(lora_base, "model_info", lambda repo: siblings)
+    recorded(*files)
+    if taken:
+        assert located("owner/name") == tmp_path / taken
+        assert lora_base._best_guess_weight_name("owner/name") == taken
+    else:
+        with pytest.raises(UnreadableFileError, match=r"holds 2 .*filename=, one of ") as error:
+            located("owner/name")
+        assert lora_base._best_guess_weight_name("owner/name") in str(error.value)
+
+
+@pytest.mark.parametrize("files, taken", [*GUESSES, (["x-checkpoint.safetensors"], "x-checkpoint.safetensors")])
+def test_a_folder_is_guessed_as_a_repository(files, taken, tmp_path):
+    files = [file for file in files if "/" not in file]
+    for file in files:
+        (tmp_path / file).write_text("")
+    if taken in files:
+        assert located(tmp_path) == tmp_path / taken
+        (tmp_path / "up").symlink_to(tmp_path)
+        assert located(tmp_path, subfolder="up") == tmp_path / "up" / taken
+        assert located(tmp_path, weight_name=taken) == tmp_path / taken
+
+
+def test_what_is_said_of_a_repository_reaches_the_hub(recorded, tmp_path):
+    calls = recorded("sub/style.safetensors", "other.safetensors", "b.safetensors")
+    options = {"revision": "v1", "token": "secret", "cache_dir": tmp_path}
+    assert located("owner/name", subfolder="sub", **options) == tmp_path / "sub/style.safetensors"
+    assert all(call == options or call == {"revision": "v1", "token": "secret"} for call in calls) and len(calls) == 4
+    assert located("owner/name", subfolder="sub", weight_name="style.safetensors") == tmp_path / "sub/style.safetensors"
+    folder = "https://huggingface.co/owner/name/tree/main/sub"
+    assert located(folder) == tmp_path / "sub/style.safetensors"  # the only one in it
+    with pytest.raises(UnreadableFileError, match=r"no 'sub/x\.safetensors'.*'sub/style\.safetensors'"):
+        located("owner/name", subfolder="sub", filename="x.safetensors")
+
+
+def test_a_pefts_folder_in_a_repository_comes_with_its_config(recorded, tmp_path):
+    recorded("sub/adapter_model.safetensors", "sub/adapter_config.json", "other.safetensors")
+    assert located("owner/name", subfolder="sub") == tmp_path / "sub/adapter_model.safetensors"
+
+
+def test_a_file_that_a_folder_lacks_is_told_with_those_that_it_has(tmp_path):
+    (tmp_path / "style.safetensors").write_text("")
+    with pytest.raises(UnreadableFileError, match=r"stile\.safetensors.*Did you mean 'style\.safetensors'"):
+        located(tmp_path, filename="stile.safetensors")
+
+
+READERS = {
+    "located": lambda source, **where: located(source, **where),
+    "detect": converters.detect,
+    "inspect": converters.inspect,
+    "read": converters.read,
+    "convert": lambda source, **where: converters.convert(source, source.parent / "out", to="kohya", **where),
+    "embeddings": converters.embeddings,
+    "load_lora": lambda source, **where: load_lora(torch.nn.Linear(2, 2), source, **where),
+    "replace": lambda source, **where: replace(layer(), "a", source, **where),
+}
+
+
+def layer():
+    module = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    diffpeft.attach(module, diffpeft.LoraConfig(r=1), "a", targets=["0"])
+    return module.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_everything_that_reads_an_adapter_is_told_the_same_of_it(reader, tmp_path):
+    """Its file by either name, but not by both; what comes from the folder shows in the error, as none of these is an adapter."""
+    for file in ("a.safetensors", "b.safetensors"):
+        save_file({"alpha": torch.ones(1)}, tmp_path / file)
+    read = READERS[reader]
+    with pytest.raises(ConfigError, match=r"filename= and weight_name= are one argument.*Say filename= alone"):
+        read(tmp_path, filename="a.safetensors", weight_name="a.safetensors")
+    with pytest.raises(UnreadableFileError, match=r"2 \.safetensors files.*'a\.safetensors', 'b\.safetensors'"):
+        read(tmp_path)
+    for word in ("filename", "weight_name"):
+        with pytest.raises(UnreadableFileError, match=r"no such file.*c\.safetensors"):
+            read(tmp_path, **{word: "c.safetensors"}, subfolder=".", revision="v1", token="t", cache_dir=tmp_path)
+    with pytest.raises(TypeError, match="weightname"):
+        read(tmp_path, weightname="a.safetensors")
+
+
+def test_both_names_of_an_adapters_name_at_once_are_an_error():
+    with pytest.raises(ConfigError, match="name= and adapter_name= are one argument"):
+        load_lora(torch.nn.Linear(2, 2), {}, name="a", adapter_name="a")
+
+
+@pytest.mark.parametrize(
+    "source, filename, name",
+    [
+        ("a/style.v2.safetensors", None, "style.v2"),
+        ("owner/name", None, "name"),
+        ("owner/name", "x.safetensors", "x"),
+        ("https://huggingface.co/owner/name/blob/main/a/my%20style.safetensors?download=true", None, "my style"),
+        ("https://huggingface.co/owner/name/tree/main/sub", None, "sub"),
+    ],
+)
+def test_an_adapter_is_called_like_its_file(source, filename, name):
+    assert name_in(source, filename) == name

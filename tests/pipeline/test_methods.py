@@ -11,7 +11,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import converters
 from diffpeft import (
     CannotConvertError,
     CheckpointError,
@@ -23,6 +22,7 @@ from diffpeft import (
     UnsafeFileError,
     WrongBaseError,
     attach,
+    converters,
     load_lora,
     save_lora,
     unload,
@@ -45,7 +45,7 @@ FORMS = {form: row for form, row in ALL.items() if row.tensors is None}
 OUTPUT = {form for form, row in FORMS.items() if row.keywords.get("side") == "output"}
 INPUT = {form for form, row in FORMS.items() if row.method in ("oft", "boft")} - OUTPUT
 PLAIN = {"lora", "lora, pissa", "lora, olora", "lora, orthogonal", "dora"}
-ONLY_PEFT = {"hra", "hra, gram-schmidt", "vera"}  # methods that no other program has
+ONLY_PEFT = {"hra", "hra, gram-schmidt", "vera", "hira"}  # methods that no other program has
 LYCORIS = set(FORMS) - INPUT - ONLY_PEFT - {"lora, rank-stabilised, with biases", "adalora", "ia3", "ia3, feedforward"}
 HELD = {
     "kohya": LYCORIS,
@@ -215,6 +215,7 @@ IN_PEFT = {
     "BOFT": ("BOFTConfig", dict(boft_block_size=4)),
     "HRA": ("HRAConfig", dict(r=4)),
     "HRA of an odd chain, by Gram-Schmidt": ("HRAConfig", dict(r=3, apply_GS=True)),
+    "HiRA": ("HiraConfig", dict(r=3)),
     "BOFT by number": ("BOFTConfig", dict(boft_block_size=0, boft_block_num=2)),
 }
 every_case = pytest.mark.parametrize("case", IN_PEFT)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from converters import TABLES
 from diffpeft import ConfigError, UnknownNameError, get_adapters, load_lora, set_adapters
+from diffpeft.converters import TABLES
 from diffpeft.layers.carried import record_of
 from diffpeft.model.target import adapted_layers
 from diffpeft.pipeline.prompt import PRESETS, VECTORS, Tag, parsed, places, resolved, strengths

@@ -93,6 +93,13 @@ def test_a_text_encoder_is_scaled_where_prompts_are_encoded_apart(two):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-12)
 
 
+def test_a_callers_variable_of_that_name_scales_nothing(two):
+    set_adapters(two, {"a": 0.5})
+    want = latents(two)
+    lora_scale = 0.5
+    assert torch.equal(latents(two), want) and lora_scale
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_every_denoiser_takes_it_as_its_forward_spells_it(family, randomize):
     net = model(family)

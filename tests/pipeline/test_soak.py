@@ -9,8 +9,7 @@ import warnings
 import pytest
 import torch
 
-import converters
-from diffpeft import CheckpointError, fuse, load_lora, set_adapters, unfuse, unload
+from diffpeft import CheckpointError, converters, fuse, load_lora, set_adapters, unfuse, unload
 from tests.pipeline.states import CONV, LINEAR, TEXT, lora
 
 CYCLES = int(os.environ.get("SOAK_CYCLES", "100"))  # 1000 for the whole of it

@@ -8,7 +8,7 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from converters.formats.schema import FIELDS
+from diffpeft.converters.formats.schema import FIELDS
 from diffpeft.io import SIZES
 from tests.robustness.seeds import Seed
 

@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-import converters
-from diffpeft import LoraConfig, PeftModel, get_peft_model, io
+from diffpeft import LoraConfig, PeftModel, converters, get_peft_model, io
 from diffpeft.bundle import Bundle, Entry
 from diffpeft.errors import DiffpeftError
 

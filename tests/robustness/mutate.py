@@ -25,8 +25,7 @@ from typing import Any
 
 import torch
 
-import converters
-from diffpeft import PeftModel, get_adapters, load_lora, save_lora, unload
+from diffpeft import PeftModel, converters, get_adapters, load_lora, save_lora, unload
 from diffpeft.errors import DiffpeftError
 from tests.llm import models
 from tests.robustness.damage import damaged

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-import converters
-from diffpeft import get_peft_model, io, save_lora, unload
+from diffpeft import converters, get_peft_model, io, save_lora, unload
 from diffpeft.llm import config as llm
 from tests.contracts import kinds
 from tests.converters import factory

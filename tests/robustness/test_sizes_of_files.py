@@ -12,8 +12,7 @@ import warnings
 import pytest
 import torch
 
-import converters
-from diffpeft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, load_lora
+from diffpeft import LoraConfig, PeftModel, PromptTuningConfig, converters, get_peft_model, load_lora
 from diffpeft.errors import DiffpeftError
 from tests.llm import models
 from tests.robustness.seeds import unet

@@ -10,8 +10,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import converters
-from diffpeft import CannotConvertError, ConfigError, UnknownNameError, bake, prune
+from diffpeft import CannotConvertError, ConfigError, UnknownNameError, bake, converters, prune
 from diffpeft.cli import cli
 from diffpeft.cli.errors import run
 from diffpeft.tools.editing import edit

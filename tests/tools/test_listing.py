@@ -12,9 +12,8 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import converters
 import diffpeft
-from diffpeft import CheckpointError, ConfigError
+from diffpeft import CheckpointError, ConfigError, converters
 from diffpeft.cli import cli
 from diffpeft.cli.errors import run
 from diffpeft.tools.catalogue import catalogue

@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 
 from diffpeft.pipeline.open import EMBEDDED
+from tests.families.pipelines import EDITS
 
 DATA = EMBEDDED.parent / "demo" / "train"
 
@@ -17,6 +18,11 @@ def photos_in(place, names=("cat_face", "airplane", "automobile")):
     for name in names:
         (folder / f"{name}.png").write_bytes((DATA / f"{name}.png").read_bytes())
     return folder
+
+
+def shown_beside(kind, photos):
+    """The options that a run of this kind of model needs beside its pictures: those that are edited stand in as their own control images."""
+    return {"control": str(photos)} if kind in EDITS else {}
 
 
 def png16(path, values):

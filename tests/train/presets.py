@@ -39,7 +39,7 @@ def computed(name: str) -> dict[str, str]:
         estimates = list(budget.estimates(config, checked))
     picked = {}
     for memory in MEMORIES:
-        limit = TrainConfig(memory=memory).memory_bytes() - budget.RESERVED
+        limit = TrainConfig(memory=memory).memory_left()
         picked[memory] = next((str(way) for way, phase in estimates if phase.total <= limit), TOO_LITTLE)
     return picked
 

@@ -141,6 +141,20 @@ _QWEN3_VL_4B = {
     "vision_config": {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096},
 }
 _QWEN3_VL_4B["vision_config"] |= {"num_heads": 16, "out_hidden_size": 2560, "deepstack_visual_indexes": [5, 11, 17]}
+_QWEN3_VL_8B = {
+    "text_config": _QWEN3_8B,
+    "vision_config": {"depth": 27, "hidden_size": 1152, "intermediate_size": 4304, "num_heads": 16},
+}
+_QWEN3_VL_8B["vision_config"] |= {"out_hidden_size": 4096, "deepstack_visual_indexes": [8, 16, 24]}
+_MISTRAL_24B = _llm(5120, 32768, 40, 32, 8, 128, 131072)
+_MINISTRAL_3B = _llm(3072, 9216, 26, 32, 8, 128, 131072)
+_ERNIE = {
+    "hidden_size": 4096,
+    "num_attention_heads": 32,
+    "num_layers": 36,
+    "ffn_hidden_size": 12288,
+    "text_in_dim": 3072,
+}
 _LONG_CLIP_L, _LONG_CLIP_G = ({**clip, "max_position_embeddings": 248} for clip in (_CLIP_L, _CLIP_G))
 _UMT5_XXL = {**_T5_XXL, "vocab_size": 256384}
 _WAN = {"transformer": {}, "vae": {}, "text_encoder": _UMT5_XXL}
@@ -174,6 +188,12 @@ GROWN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     ),
     "z-image": ("z_image", {"transformer": {}, "vae": _VAE16, "text_encoder": _QWEN3_4B}),
     "qwen-image": ("qwen_image", {"transformer": {}, "vae": {}, "text_encoder": _QWEN25_7B}),
+    "flux2-dev": ("flux2 dev", {"transformer": {}, "vae": {}, "text_encoder": _MISTRAL_24B}),
+    "ideogram-4": (
+        "ideogram4",
+        {"transformer": {}, "unconditional_transformer": {}, "vae": {}, "text_encoder": _QWEN3_VL_8B},
+    ),
+    "ernie-image": ("ernie_image", {"transformer": _ERNIE, "vae": {}, "text_encoder": _MINISTRAL_3B}),
     "krea-2": ("krea2", {"transformer": {}, "vae": {}, "text_encoder": _QWEN3_VL_4B}),
     "wan-2.1-14b": ("wan", _WAN),
     "wan-2.2-a14b": ("wan, two experts", _WAN | {"transformer_2": {}}),
@@ -181,7 +201,11 @@ GROWN: dict[str, tuple[str, dict[str, dict[str, Any]]]] = {
     "lumina-2": ("lumina2", {"transformer": {"cap_feat_dim": 2304}, "vae": _VAE16, "text_encoder": _GEMMA2_2B}),
     "pixart-sigma": (
         "pixart sigma",
-        {"transformer": {"caption_channels": 4096}, "vae": _VAE_XL, "text_encoder": _T5_XXL},
+        {
+            "transformer": {"caption_channels": 4096, "use_additional_conditions": False},
+            "vae": _VAE_XL,
+            "text_encoder": _T5_XXL,
+        },
     ),
     "sana-1.6b": ("sana", {"transformer": {}, "vae": {}, "text_encoder": _GEMMA2_2B}),
     "auraflow": ("auraflow", {"transformer": {"pos_embed_max_size": 9216}, "vae": _VAE_XL, "text_encoder": _PILE_T5}),
@@ -221,7 +245,7 @@ GROWN_SIZES = {  # of the denoiser, in millions, as the models' cards have them:
     "sd3.5-medium": 2243, "sd3.5-large": 8057, "flux2-klein-4b": 3876, "flux2-klein-9b": 9079, "z-image": 6155, "qwen-image": 20430,
     "chroma": 8900, "lumina-2": 2610, "pixart-sigma": 611, "sana-1.6b": 1604, "auraflow": 6858, "cogview4": 6369, "wan-2.1-14b": 14290, "hidream-i1": 17100,
     "ltx-video-2b": 1923, "hunyuan-video": 12821, "cogvideox-5b": 5570, "cogvideox-1.5": 5570,
-    "mochi-1": 10030,
+    "mochi-1": 10030, "flux2-dev": 32200, "ideogram-4": 9279, "ernie-image": 8033,
 }  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from diffpeft import ConfigError, DataError, TrainConfig, UnknownNameError, Wron
 from diffpeft.llm.sft_check import check as check_sft
 from diffpeft.llm.sft_config import SftConfig
 from diffpeft.pipeline.open import EMBEDDED
+from diffpeft.train import budget
 from diffpeft.train.check import check
 from diffpeft.train.config import OTHER_NAMES, target_names
 from diffpeft.train.config_files import from_toml
@@ -195,20 +196,19 @@ def test_what_a_value_is_and_should_be_is_said_in_words(wrong, says, config):
 
 # -- models ----------------------------------------------------------------------------------------------------------------
 
-CLASSES = (
-    "StableDiffusionXLInpaintPipeline",
-    "StableDiffusionXLImg2ImgPipeline",
-    "StableDiffusion3InpaintPipeline",
-    "FluxFillPipeline",
-    "StableDiffusionInpaintPipeline",
-    "StableDiffusionInstructPix2PixPipeline",
-    "StableDiffusionUpscalePipeline",
-    "StableDiffusionControlNetPipeline",
-    "StableDiffusionDepth2ImgPipeline",
-    "WanVACEPipeline",
-    "FluxControlInpaintPipeline",
-    "QwenImageEditInpaintPipeline",
-)
+CLASSES = {  # {a pipeline for another task: those of its kind that are trained}
+    "StableDiffusionXLInpaintPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusionXLImg2ImgPipeline": "StableDiffusionXLPipeline",
+    "StableDiffusion3InpaintPipeline": "StableDiffusion3Pipeline",
+    "StableDiffusionInpaintPipeline": "StableDiffusionPipeline",
+    "StableDiffusionInstructPix2PixPipeline": "StableDiffusionPipeline",
+    "StableDiffusionUpscalePipeline": "StableDiffusionPipeline",
+    "StableDiffusionControlNetPipeline": "StableDiffusionPipeline",
+    "StableDiffusionDepth2ImgPipeline": "StableDiffusionPipeline",
+    "WanVACEPipeline": "WanPipeline or a WanImageToVideoPipeline",
+    "FluxControlInpaintPipeline": "FluxPipeline or a FluxKontextPipeline or a FluxControlPipeline",
+    "QwenImageEditInpaintPipeline": "QwenImagePipeline or a QwenImageEditPipeline",
+}
 
 
 def folder_of(tmp_path, index=None, unet=None):
@@ -222,8 +222,9 @@ def folder_of(tmp_path, index=None, unet=None):
 
 @pytest.mark.parametrize("name", CLASSES)
 def test_a_pipeline_that_cannot_be_trained_is_told_by_its_class(name, config, tmp_path):
-    with pytest.raises(WrongBaseError, match=f"{name}.*sd15, sd2, sdxl, flux"):
+    with pytest.raises(WrongBaseError, match=f"a {name} cannot be trained.*another task") as caught:
         check(replace(config, model=folder_of(tmp_path, {"_class_name": name})))
+    assert f"of a {CLASSES[name]}" in caught.value.remedy and len(caught.value.remedy) < 300
 
 
 @pytest.mark.parametrize("channels", [5, 7, 8, 9])
@@ -361,3 +362,33 @@ def test_data_errors_are_no_config_errors(config, tmp_path):
     with pytest.raises(DataError, match="photos"):
         check(replace(config, data=str(tmp_path / "photo")))
     assert issubclass(diffpeft.NothingLearntError, diffpeft.DiffpeftError)
+
+
+def test_one_of_two_denoisers_is_told_of_a_model_that_has_one(config, tmp_path):
+    for said in ("high", "low", "both"):
+        with pytest.raises(ConfigError, match=f"experts is {said}, and this model has one"):
+            check(replace(config, experts=said))
+    two = {"transformer": ["diffusers", "X"], "transformer_2": ["diffusers", "X"]}
+    check(replace(config, model=folder_of(tmp_path, two), experts="low"))
+
+
+def test_a_denoiser_that_a_library_holds_in_few_bits_stays_as_it_is(config, tmp_path):
+    held = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}
+    there = replace(config, model=folder_of(tmp_path, unet=held))
+    for options in ({"offload": 0.5}, {"quantize": "int8"}, {"quantize": "nf4", "offload": 1.0}):
+        with pytest.raises(ConfigError, match=rf"{next(iter(options))} is .*few bits \(bitsandbytes\)"):
+            check(replace(there, **options))
+    check(there)
+    assert {(way.quantize, way.offload) for way in budget.ways(there, {})} == {(None, 0.0)}
+    assert len(budget.ways(config, {})) > 2
+
+
+@pytest.mark.parametrize("kind", ["gguf", "float8"])
+def test_a_file_in_few_bits_stays_as_it_is(kind, config, tmp_path):
+    file = tmp_path / f"model.{'gguf' if kind == 'gguf' else 'safetensors'}"
+    save_file({"model.diffusion_model.x": torch.zeros(4, 4).to(torch.float8_e4m3fn)}, file)  # no GGUF is looked into
+    single = replace(config, model=str(file), base=str(EMBEDDED))
+    for quantize in ("int8", "fp8"):
+        with pytest.raises(ConfigError, match=f"quantize is {quantize}, and this file holds"):
+            check(replace(single, quantize=quantize))
+    check(replace(single, offload=0.5))

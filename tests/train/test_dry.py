@@ -7,25 +7,29 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from diffpeft import ConfigError, TrainConfig
-from diffpeft.layers.streaming import stream_of
+from diffpeft.layers.streaming import size_in_memory, stream_of, streamed_parameters
 from diffpeft.model.state import slots_of, trained_parameters
+from diffpeft.model.units import repeated
 from diffpeft.train import dreambooth, dry
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.memory import fused, peak, size_of
 from diffpeft.train.save import save
+from diffpeft.train.watch import Quiet
 from tests.cli.process import quick
+from tests.families import clips
 from tests.families.followed import FOLLOWED
-from tests.families.pipelines import EDITS, KINDS, pipeline
+from tests.families.pipelines import EDITS, FIRST_FRAMES, KINDS, made, pipeline
 from tests.train import published
-from tests.train.pictures import photos_in
+from tests.train.pictures import photos_in, shown_beside
 
 # what a CPU's attention with a mask keeps, no GPU does
 ASIDE = ("sd", "flux dev", "chroma", "ideogram4")
 OTHERS = [kind for kind in {f: kind for kind, (f, _) in KINDS.items()}.values() if not kind.startswith(ASIDE)]
+SHOWN = FIRST_FRAMES | clips.FIRST_FRAMES | clips.WITH_SOUND
 SLOW = pytest.mark.slow  # whole runs, for which others stand
 
 
@@ -46,6 +50,15 @@ def config(folder, model, **options):
         "instance_prompt": "x",
     }
     return TrainConfig(**{**usual, "overwrite": True, "log": "none", "sample_every": 0, **options})
+
+
+LENGTHS = {"hidream": 32, **dict.fromkeys(EDITS[1:], 300)}  # as much as the text encoder reads; pictures are tokens too
+
+
+def needed(kind, photos):
+    """The options that a run of this kind of model needs, and the fewest steps in which all that it trains has learnt."""
+    length = {"max_length": LENGTHS[kind]} if kind in LENGTHS else {}
+    return shown_beside(kind, photos) | length | {"steps": 2 if kind == "wan, two experts" else 1}
 
 
 def planned(options):
@@ -82,9 +95,8 @@ def profiled(run):
 def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
     if not (folder / model).exists():
         pipeline(model, torch.float32).save_pretrained(folder / model)
-    if model == "hidream":
-        options = options | {"max_length": 32}
-    options = config(folder, model, resolution=128, steps=1, batch_size=2, rank=4, **options)
+    options = needed(model, folder / "photos") | {"resolution": 128, "batch_size": 2, "rank": 4} | options
+    options = config(folder, model, **options)
     plan, checked = planned(options)
     measured, fit = [], dreambooth.fit
 
@@ -131,9 +143,7 @@ class Adapted(Exception):
 def test_what_a_run_trains_and_has_beside_is_what_is_planned(kind, tmp_path, monkeypatch):
     pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
     photos_in(tmp_path)
-    more = {"control": str(tmp_path / "photos")} if kind in EDITS else {}
-    more |= {"max_length": {"hidream": 32}.get(kind, 300)} if kind in EDITS[1:] or kind == "hidream" else {}
-    options = config(tmp_path, "model", resolution=128, steps=1, rank=4, **more)
+    options = config(tmp_path, "model", resolution=128, rank=4, **needed(kind, tmp_path / "photos"))
     plan, checked = planned(options)
 
     def stopped(run, *_):
@@ -237,12 +247,11 @@ def test_files_that_are_planned_are_those_that_are_written(folder, method):
 
 
 @pytest.mark.slow  # many models
-@pytest.mark.parametrize("kind", {family: kind for kind, (family, _) in KINDS.items()}.values())
+@pytest.mark.parametrize("kind", [*{family: kind for kind, (family, _) in KINDS.items()}.values(), *SHOWN])
 def test_every_family_is_counted(kind, tmp_path):
-    pipeline(kind, torch.float32).save_pretrained(tmp_path / "model")
+    made(KINDS | SHOWN, kind, torch.float32).save_pretrained(tmp_path / "model")
     photos_in(tmp_path)
-    options = {"max_length": 32} if kind == "hidream" else {}  # as much as its text encoders read
-    plan, _ = planned(config(tmp_path, "model", resolution=64, **options))
+    plan, _ = planned(config(tmp_path, "model", resolution=64, **needed(kind, tmp_path / "photos")))
     training = plan.phases[-1]
     assert training.weights > 0 and training.adapter > 0 and sum(plan.parameters.values()) > 0
     assert all(phase.computed is not None for phase in plan.phases)
@@ -276,3 +285,79 @@ def test_what_is_counted_is_what_is_held_at_once():
 def test_what_a_run_refuses_a_dry_one_refuses(folder):
     with pytest.raises(ConfigError, match="max_length"):
         planned(config(folder, "flux dev", max_length=1024))
+
+
+class Marking(Quiet):
+    """Notes in what the profiler records where a part of a run begins."""
+
+    def phase(self, what):
+        with record_function(f"part: {what}"):
+            pass
+
+
+def held_by_part(run):
+    """What a run gives, and {part of it: the most bytes that PyTorch held at once}, from the beginning of the first part on."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        result = run()
+    live, part, most = 0, "", {}
+    for event in sorted(record.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        part = event.name().removeprefix("part: ") if event.name().startswith("part: ") else part
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            most[part] = max(most.get(part, 0), live)
+    return result, most
+
+
+def grown_flux():
+    """Flux whose weights are more than what a step computes: 26 MiB of them, in six blocks, beside a text encoder of 9."""
+    pipe = pipeline("flux dev", torch.bfloat16)
+    config = {
+        **pipe.transformer.config,
+        "attention_head_dim": 64,
+        "num_attention_heads": 4,
+        "axes_dims_rope": (16, 24, 24),
+    }
+    pipe.transformer = type(pipe.transformer).from_config({**config, "num_layers": 2, "num_single_layers": 4})
+    t5 = pipe.text_encoder_2.config
+    t5.d_ff = 16384
+    pipe.text_encoder_2 = type(pipe.text_encoder_2)(t5)
+    return pipe.to(torch.bfloat16)
+
+
+@pytest.mark.slow  # whole runs
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"gradient_checkpointing": True},
+        {"gradient_checkpointing": True, "offload": 0.5},
+        {"gradient_checkpointing": True, "offload": 1.0},
+        {"gradient_checkpointing": True, "quantize": "int8"},
+        {"gradient_checkpointing": True, "quantize": "int8", "offload": 1.0},
+        {"train_text_encoder": True, "ema": 0.9, "optimizer": "lion"},
+    ],
+)
+def test_a_whole_runs_peak_is_by_part_what_is_planned(options, tmp_path, monkeypatch):
+    """One component at a time, the denoiser's share with the adapter, its optimiser and what a block computes: no part of a run holds more at once.
+
+    The files are bf16 and the run is fp32, so that weights are tensors of PyTorch's own and not pages of a file; and the profiler sees one thread.
+    """
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")
+    grown_flux().save_pretrained(tmp_path / "model")
+    photos_in(tmp_path)
+    plan, checked = planned(config(tmp_path, "model", resolution=64, steps=2, rank=4, dtype="fp32", **options))
+    run, held = held_by_part(lambda: dreambooth.train(checked.config, Marking(), checked))
+    streaming, encoder = stream_of(run.family.pipe.transformer), run.family.parts.outline("text_encoder_2")
+    phases = {phase.what: phase.total for phase in plan.phases}
+    parts = {
+        "encoding the captions": phases["captions (text_encoder_2)"],
+        "encoding the images": phases["images (vae)"],
+        "training": phases["training"],
+    }
+    if streaming is not None:  # the host is the device here, and has the blocks too
+        blocks = streamed_parameters(encoder, repeated(encoder)).values()
+        parts["encoding the captions"] += sum(map(size_in_memory, blocks))
+        parts["training"] += sum(block.host.numel() for block in streaming.blocks)
+    for part, size in parts.items():
+        assert held[part] == pytest.approx(size, rel=0.1, abs=2**20), (part, held, parts)
+    assert max(held.values()) == pytest.approx(max(parts.values()), rel=0.1)

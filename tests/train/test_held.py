@@ -47,6 +47,7 @@ def tensors(files):
     return load(files[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, options",
     [

@@ -369,6 +369,7 @@ def test_off_and_on_agree_at_first_and_a_run_says_what_it_ends_with(photos):
     assert len(run.losses) == 2 and run.usage.steps == 2 and run.seconds > 0
 
 
+@pytest.mark.slow
 def test_watching_changes_no_byte(photos):
     """Neither held-out losses nor tables do, with dropout in layers, averages and a text encoder that is trained."""
     from diffpeft.train import state

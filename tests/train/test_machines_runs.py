@@ -19,7 +19,7 @@ from diffpeft.train.shards import local_bytes
 from diffpeft.train.team import team
 from tests.families import pipelines
 from tests.llm import chat
-from tests.train.pictures import photos_in
+from tests.train.pictures import photos_in, shown_beside
 from tests.train.together import processes
 
 STEPS = 2
@@ -55,8 +55,8 @@ def config(photos, out, **options):
 def ran(folder, name, *, counts, **options):
     """Train and save; how many forwards of VAE and text encoder this process made, and the bytes of the base that it holds."""
     counts.clear()
-    if options.get("model") in KINDS:
-        options["model"] = str(folder / options["model"])
+    if (kind := options.get("model")) in KINDS:
+        options |= {"model": str(folder / kind), **shown_beside(kind, folder / "photos")}
     run = dreambooth.train(config(folder / "photos", folder / name, **options))
     files = dreambooth.save(run)
     denoiser = getattr(run.family.pipe, run.family.denoiser)
@@ -129,6 +129,7 @@ def same(folder, name, other):
 NAMES = [pytest.param([name], marks=() if name == "lora" else pytest.mark.slow, id=name) for name in CASES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", NAMES)
 def test_two_processes_are_one_with_twice_the_passes(names, folder, monkeypatch):
     counted = Counted(monkeypatch)

@@ -15,8 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save
 
-import converters
-from diffpeft import TrainConfig
+from diffpeft import TrainConfig, converters
 from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train import dreambooth, metadata
 from diffpeft.train.metadata import metadata_of

@@ -27,6 +27,7 @@ def config(photos, **options):
     return TrainConfig(**{**usual, "instance_prompt": 'an emoji of\n"sks" \\ü', "targets": ["to_q", "to_v"], **options})
 
 
+@pytest.mark.slow
 def test_a_run_writes_what_it_was_and_that_file_gives_the_same_adapter(photos, monkeypatch):
     monkeypatch.chdir(photos.parent)
     typed = replace(config(photos), data=["photos:2"], out="out", lr=3e-4, flip=True)

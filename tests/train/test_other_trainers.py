@@ -17,7 +17,8 @@ from diffpeft.pipeline.open import EMBEDDED
 from diffpeft.train.config import OTHER_NAMES
 from diffpeft.train.config_files import from_toml, said_by, said_in
 from diffpeft.train.other_names import TABLE, hint
-from diffpeft.train.translate import _PARTS, key_of
+from diffpeft.train.translate import _PARTS
+from diffpeft.train.translation import key_of
 from tests.cli.process import quick
 from tests.train.pictures import photos_in
 

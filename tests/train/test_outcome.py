@@ -9,9 +9,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import converters
 import diffpeft
-from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError
+from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError, converters
 from diffpeft.families import open_family
 from diffpeft.model.attach import attach
 from diffpeft.model.state import slots_of

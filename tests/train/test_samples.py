@@ -22,8 +22,8 @@ from diffpeft.pipeline.open import EMBEDDED, open_pipeline
 from diffpeft.train import dreambooth, samples
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
+from diffpeft.train.gallery import forget, newest_sample
 from diffpeft.train.sample_prompts import of_line
-from diffpeft.train.samples import forget, newest_sample
 from diffpeft.train.signals import Interrupted
 from tests.families.pipelines import pipeline
 from tests.single_file import original

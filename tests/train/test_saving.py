@@ -10,9 +10,8 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-import converters
 import diffpeft
-from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError, io
+from diffpeft import ConfigError, NothingLearntError, TrainConfig, UnknownNameError, converters, io
 from diffpeft.families import family_of, open_family
 from diffpeft.model.state import bundle_of, slots_of
 from diffpeft.pipeline.open import EMBEDDED
@@ -212,6 +211,7 @@ def test_files_of_an_earlier_run_are_told(tmp_path):
     assert save.earlier_files(run) == ["a.kohya.safetensors"]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_saved_once_more_in_another_way(tmp_path):
     """It goes on from its last state, and takes no step."""
     photos_in(tmp_path)

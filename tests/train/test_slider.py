@@ -216,6 +216,7 @@ def test_what_is_learnt(said, concept):
         ({"erase": "x", "target": "y"}, "erase with target"),
         ({"erase": "x", "negative": "x"}, "both prompts"),
         ({"guidance": 0.0}, "guidance is 0"),
+        ({"target": "x", "positive": "y", "preserve": " , "}, "preserve is"),
     ],
 )
 def test_what_would_do_nothing_is_refused(said, word):
@@ -334,3 +335,10 @@ def test_a_slider_of_the_embedded_base_moves_a_heart_from_blue_to_red_and_little
     assert reds == sorted(reds) and reds[1] < -0.3 < 0.3 < reds[2]
     heart, others = (np.abs(drawn[-1] - drawn[0])[at].mean() for at in (slice(2), slice(2, 4)))
     assert others < heart / 8
+
+
+def test_a_model_that_draws_with_control_images_alone_is_refused_by_its_configs(tmp_path):
+    index = {"_class_name": "FluxControlPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(WrongBaseError, match="a slider has none"):
+        check(config(model=str(tmp_path), out=str(tmp_path / "out")))

@@ -150,6 +150,7 @@ def test_a_tracker_that_cannot_begin_is_an_error_of_the_options(memory, tmp_path
         TrackerLog(memory, "style", tmp_path, 0, {})
 
 
+@pytest.mark.slow
 def test_a_whole_run_tells_its_tracker(memory, tmp_path):
     from diffpeft import TrainConfig
     from diffpeft.train import dreambooth

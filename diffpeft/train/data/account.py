@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -185,12 +185,7 @@ class Account:
         ends = " to ".join(f"{w}x{h}" for w, h in dict.fromkeys((sizes[0], sizes[-1])))
         captions = ", ".join(f"{n} from {source}" for source, n in self.captions.items())
         where = self.where or self.folder
-        footage = {image.path for image in images if image.frames}
-        single = sum(not image.frames for image in images)
-        counts = [counted(len(footage), "clip")] * bool(footage) + [counted(single, "image")] * bool(
-            single or not footage
-        )
-        return f"{' and '.join(counts)} of {ends} in {where}; captions: {captions}"
+        return f"{footage_of(images)} of {ends} in {where}; captions: {captions}"
 
     def plan(self) -> list[str]:
         """How the images are used: how often, in what sizes, with which masks."""
@@ -277,7 +272,8 @@ class Account:
         ]
         if self.duplicates:
             groups = [" = ".join(group) for group in self.duplicates]
-            notes.append(f"{counted(len(groups), 'image')} more than once: {listed(groups, SHOWN)}")
+            what = "clip" if self.framing else "image"
+            notes.append(f"{counted(len(groups), what)} more than once: {listed(groups, SHOWN)}")
         if self.stray_controls:
             notes.append(f"control images of no picture: {listed(self.stray_controls, SHOWN)}")
         if self.copies:
@@ -338,3 +334,12 @@ def _ending(ending: str, names: Iterable[str]) -> str:
 def counted(n: int, noun: str) -> str:
     """How many of a thing."""
     return f"{n} {noun}{'' if n == 1 else 's'}"
+
+
+def footage_of(examples: Collection[Example]) -> str:
+    """How many clips and images examples are of, in words. What several clips are cut out of counts once."""
+    footage = {example.path for example in examples if example.frames}
+    single = sum(not example.frames for example in examples)
+    counts = [counted(len(footage), "clip")] * bool(footage)
+    counts += [counted(single, "image")] * bool(single or not footage)
+    return " and ".join(counts)

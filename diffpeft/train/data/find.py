@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
-from diffpeft.errors import ConfigError, DataError, joined, listed, shown
+from diffpeft.errors import ConfigError, DataError, DataWarning, joined, listed, shown
 from diffpeft.train.data import captions, masks, pairing
 from diffpeft.train.data.account import Account, Example, folders_text
 from diffpeft.train.data.buckets import Sizing
@@ -31,7 +31,7 @@ def find(data: Data, prompt: str | None) -> list[Example]:
     """
     account = survey(data, prompt)
     for note in account.notes():
-        warnings.warn(f"{account.where}: {note}", stacklevel=2)
+        warnings.warn(f"{account.where}: {note}", DataWarning, stacklevel=2)
     return list(account.examples)
 
 

@@ -43,7 +43,7 @@ def seen(path: Path) -> Look:
     except MemoryError:
         raise
     except Exception as error:  # decoders raise what they like for a damaged file
-        return Look(error=str(error) or type(error).__name__)
+        return Look(error=getattr(error, "strerror", None) or str(error) or type(error).__name__)
 
 
 def _of_folder(folder: Path) -> Look:

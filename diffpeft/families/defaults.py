@@ -1,4 +1,4 @@
-"""What a family is that reads no pictures beside those that are trained, and trains on images."""
+"""What a family is and does where it says nothing else."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Uncontrolled:
-    """A family without control images. One that has some says so, and what its denoiser reads of them."""
+class Defaults:
+    """A family of images that reads no pictures beside those that are trained. One that does says so, and what its denoiser reads of them."""
 
     controls: tuple[int, int] = (0, 0)
     aligned: bool = False
@@ -22,6 +22,7 @@ class Uncontrolled:
     looking: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     together: bool = False
+    only: str | None = None
     temporal: int | None = None
     rate: float | None = None
 
