@@ -50,6 +50,7 @@ _HOMES = {
     "diffpeft.llm.prompt_tuning": "PromptEmbedding",
     "diffpeft.llm.status": "get_layer_status get_model_status",
     "diffpeft.llm.tuners": " ".join(f"{stem}Model" for stem in TUNED),
+    "diffpeft.drawing.draw": "generate",
     "diffpeft.methods": "METHODS",
     "diffpeft.model.attach": "attach detach AttachReport",
     "diffpeft.model.combine": "combine to_lora",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from diffpeft.alias import as_peft as as_peft
     from diffpeft.bundle import Bundle as Bundle
     from diffpeft.bundle import Entry as Entry
+    from diffpeft.drawing.draw import generate as generate
     from diffpeft.errors import *  # noqa: F403
     from diffpeft.llm.auto import AutoPeftModel as AutoPeftModel
     from diffpeft.llm.auto import AutoPeftModelForCausalLM as AutoPeftModelForCausalLM

@@ -10,8 +10,10 @@
 
 from __future__ import annotations
 
+import inspect
 import posixpath
 import re
+import sys
 from html import escape
 from pathlib import Path
 
@@ -32,6 +34,11 @@ ITEM = re.compile(r"^\s*([*-]|\d+\.) ")
 # the first part of a home's name that is in a row, by rows: where a public name is described
 API = {
     "pipelines": ("Pipelines", "diffpeft.pipeline", "Load, mix, save and unload adapters of a diffusers pipeline."),
+    "diffusers": (
+        "Taking over a pipeline",
+        "diffpeft.takeover",
+        "diffusers' own methods of adapters, done by diffpeft.",
+    ),
     "models": ("Models", "diffpeft.model", "Attach, fuse and combine adapters on any `torch.nn.Module`."),
     "training": ("Training", "diffpeft.train", "What the command `diffpeft train` does, from Python."),
     "tools": ("Tools on files", "diffpeft.tools", "What the commands on adapter files do, from Python."),
@@ -45,7 +52,7 @@ API = {
     ),
     "other": ("Other names", "diffpeft", "The rest."),
 }
-MODULES = {"diffpeft.train": "training", "diffpeft.model.schedule": "schedules", "converters": "converters"}
+MODULES = {"train": "training", "schedule": "schedules"}  # public modules whose page is called otherwise
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
@@ -63,15 +70,15 @@ def equation(source: str, language: str, css_class: str, options: object, md: ob
     return f'<div class="math" role="math" aria-label="{escape(source.strip(), quote=True)}">{rows}</div>'
 
 
-def navigation(index: str) -> list[dict[str, list[dict[str, str]]]]:
-    """README.md's headings, each with the pages that its list names."""
-    sections: list[dict[str, list[dict[str, str]]]] = []
+def navigation(index: str) -> list[dict[str, list[dict[str, str] | str]]]:
+    """README.md's headings, each with the pages that its list names; a page that is called by a number there has its own title."""
+    sections: list[dict[str, list[dict[str, str] | str]]] = []
     for line in index.splitlines():
         if heading := re.fullmatch(r"## (.+)", line):
             sections.append({heading[1]: [] if sections else [{"All pages": "README.md"}]})
         elif entry := re.match(r"\* \[(.+?)\]\((.+?)\):", line):
             (pages,) = sections[-1].values()
-            pages.append({entry[1]: inside(entry[2])})
+            pages.append(inside(entry[2]) if entry[1].isdigit() else {entry[1]: inside(entry[2])})
     return sections
 
 
@@ -85,7 +92,7 @@ def inside(link: str) -> str:
 
 def group(home: str) -> str:
     """The row of API that describes names of this home."""
-    return next(name for name, (_, start, _) in API.items() if home == start or home.startswith(f"{start}."))
+    return next((name for name, (_, start, _) in API.items() if home == start or home.startswith(f"{start}.")), "other")
 
 
 def api_pages() -> dict[str, str]:
@@ -96,9 +103,10 @@ def api_pages() -> dict[str, str]:
     pages = {}
     for key, (title, _, sentence) in API.items():
         if key in homes:
-            names = "".join(f"::: {path}\n\n" for name, path in homes[key].items())
+            names = "".join(described(name, path) for name, path in homes[key].items())
             pages[key] = f"# {title}\n\n{sentence} All of these are attributes of `diffpeft`.\n\n{names}"
-    for module, key in MODULES.items():
+    for name, module in diffpeft._MODULES.items():
+        key = MODULES.get(name, name)
         options = "    options:\n      members: true\n      show_root_heading: true\n"
         pages[key] = pages.get(key, f"# {key.capitalize()}\n\n") + f"::: {module}\n{options}\n"
     return pages
@@ -111,9 +119,21 @@ def defined(home: str, name: str) -> str:
     return f"{module if module.startswith('diffpeft') else home}.{name}"
 
 
+def described(name: str, path: str) -> str:
+    """A directive of mkdocstrings, which reads source files; of what these make while they are imported, what it says itself."""
+    if is_written(name, path):
+        return f"::: {path}\n\n"
+    return f"## {name}\n\n{inspect.getdoc(getattr(diffpeft, name)) or ''}\n\n"
+
+
+def is_written(name: str, path: str) -> bool:
+    """Whether a name stands in the source file of its module as a class, a function or a variable."""
+    source = Path(sys.modules[path.rpartition(".")[0]].__file__ or "").read_text()
+    return bool(re.search(rf"^(?:class|(?:async )?def) {name}\b|^{name}\b.*=", source, re.M))
+
+
 def api_navigation() -> list[dict[str, str]]:
-    titles = {**{key: row[0] for key, row in API.items()}, "schedules": "Schedules", "converters": "Converters"}
-    return [{titles[key]: f"api/{key}.md"} for key in api_pages()]
+    return [{API[key][0] if key in API else key.capitalize(): f"api/{key}.md"} for key in api_pages()]
 
 
 def api_index() -> str:
@@ -123,7 +143,9 @@ def api_index() -> str:
     ]
     for name, home in sorted(diffpeft._HOME.items(), key=lambda item: item[0].lower()):
         sentence = (getattr(diffpeft, name).__doc__ or "").strip().split("\n")[0]
-        lines.append(f"* [`{name}`][{defined(home, name)}]{': ' + sentence if sentence else ''}")
+        path = defined(home, name)
+        target = f"[{path}]" if is_written(name, path) else f"({group(home)}.md#{name.lower()})"
+        lines.append(f"* [`{name}`]{target}{': ' + sentence if sentence else ''}")
     return "\n".join(lines)
 
 

@@ -112,7 +112,7 @@ class Painter:
     def _need(self, name: str) -> None:
         if name not in self.loaded:
             path = self.folder / f"{name}.safetensors"
-            diffpeft.load_lora(self.pipe, path, name=name)
+            diffpeft.load_lora(self.pipe, path, name=name, active=False)
             self.loaded[name] = path.stat().st_size  # tensors keep the dtype of their file
         self.loaded.move_to_end(name)
 

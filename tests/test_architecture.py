@@ -31,9 +31,10 @@ FLOORS = {  # each package of ours: what it may import besides itself
     "families": (*LOW, "layers", "model", "converters"),
     "pipeline": (*LOW, "layers", "model", "families", "converters"),
     "tools": (*LOW, "layers", "model", "families", "pipeline", "converters"),
-    "train": (*LOW, "layers", "model", "families", "pipeline", "converters"),
+    "drawing": (*LOW, "layers", "model", "families", "pipeline", "converters"),
+    "train": (*LOW, "layers", "model", "families", "pipeline", "drawing", "converters"),
     "llm": (*LOW, "layers", "model", "families", "pipeline", "train", "converters"),
-    "cli": (*LOW, "layers", "model", "families", "pipeline", "tools", "train", "llm", "converters"),
+    "cli": (*LOW, "layers", "model", "families", "pipeline", "tools", "drawing", "train", "llm", "converters"),
     # PEFT's modules under their own names: they hand on what is below
     "utils": (*LOW, "layers", "llm", "converters"),
     "functional": (*LOW, "layers", "model", "pipeline", "llm"),

@@ -19,7 +19,8 @@ from torch import nn
 import diffpeft
 from diffpeft.cli import cli
 from diffpeft.llm.sft_config import SftConfig
-from diffpeft.pipeline.open import EMBEDDED
+from diffpeft.pipeline.open import EMBEDDED, open_pipeline
+from diffpeft.train import demo
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.method import ADAPTERS
 from tests.llm.models import model
@@ -58,6 +59,7 @@ def cells(page: Path) -> list[tuple[str, str]]:
 def test_commands_are_ones_that_the_program_takes(tmp_path, monkeypatch):
     """Of every page, its files and folders aside."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(click.Path, "convert", lambda self, value, param, ctx: value)  # whether there is such a file
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     for page in PAGES:
         for name, *args in commands(page):
@@ -74,16 +76,18 @@ def test_commands_are_ones_that_the_program_takes(tmp_path, monkeypatch):
 def folder(tmp_path, monkeypatch):
     """Where the commands of a page find what they speak of: photos, MODEL, files of two adapters, a TOML file."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(demo, "STEPS", 1)  # of drawing
+    monkeypatch.setattr(demo, "SEEDS", demo.SEEDS[:1])
     for data in (tmp_path / "photos", tmp_path / "DATA" / "10_sks dog"):
         data.mkdir(parents=True)
         for path in sorted((EMBEDDED.parent / "demo" / "train").glob("*.png"))[:4]:
             shutil.copy(path, data)
     (tmp_path / "MODEL").symlink_to(EMBEDDED)
-    from diffpeft.pipeline.open import open_pipeline
-
+    (tmp_path / "loras").mkdir()
     pipe = open_pipeline()
     for name in ("style", "person", "FILE"):
-        diffpeft.attach(pipe.unet, diffpeft.LoraConfig(r=2, init_lora_weights=False), name, targets=["attn1.to_q"])
+        config = diffpeft.LoraConfig(r=2, init_lora_weights=False)
+        diffpeft.attach(pipe.unet, config, name, targets=["mid_block.attentions.0.transformer_blocks.0.attn1.to_q"])
         diffpeft.save_lora(pipe, f"{name}.safetensors", name=name)
         diffpeft.unload(pipe)
     Path("FILE.safetensors").rename("FILE")
@@ -104,10 +108,25 @@ def test_commands_run(page, folder):
             Path("FILE").rename("FILE.safetensors")
         if name == "demo" and "--steps" in args:
             args[args.index("--steps") + 1] = "2"
+        if name in ("train", "slider") and args != ["run.toml"]:
+            args += ["--sample-every", "0"]
         if name in FEW and not any(word.startswith(("--steps", "--max_train_steps")) for word in args):
             args += ["--steps", str(FEW[name])] if args[:1] != ["run.toml"] else []
         result = CliRunner().invoke(cli, [name, *args], catch_exceptions=False)
         assert result.exit_code == 0, (name, args, result.output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["start.md", "gallery.md"])
+def test_python_on_the_first_pages_runs(page, folder):
+    """With adapters where the pages' commands put theirs, and one step of drawing."""
+    for path in ("first/openmoji", "demo-out/openmoji", "heart/heart"):
+        Path(path).parent.mkdir(exist_ok=True)
+        shutil.copy("style.safetensors", f"{path}.diffusers.safetensors")
+    names: dict[str, object] = {}
+    for block in re.findall(r"```python\n(.*?)```", path_of(page).read_text(), re.S):
+        exec(re.sub(r"(STEPS = |num_inference_steps=)\d+", r"\g<1>1", block), names)
+    assert [*folder.glob("*.png")]
 
 
 # -- methods -----------------------------------------------------------------------------------------------------------

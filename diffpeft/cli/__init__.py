@@ -82,16 +82,16 @@ for command in (
     list_,
     inspect,
     convert,
-    merge,
-    extract,
-    resize,
-    scale,
     prune,
     bake,
     edit,
     diff,
     verify,
     doctor,
+    merge,
+    extract,
+    resize,
+    scale,
 ):
     cli.add_command(command)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from diffpeft.cli.generate import weighted
+from diffpeft.drawing.plan import weighted
 
 
 @click.command()

@@ -8,8 +8,8 @@ import click
 
 from diffpeft.cli.completion import completed, family_names
 from diffpeft.cli.convert import WRITTEN
-from diffpeft.cli.generate import weighted
 from diffpeft.cli.options import overwriting
+from diffpeft.drawing.plan import weighted
 
 HOW = (
     "cat",

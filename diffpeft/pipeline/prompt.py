@@ -1,7 +1,7 @@
-"""A1111's prompt tags: `<lora:name:0.8>`, `<lora:name:TE:UNET>`, and weights by block, `<lora:name:1:1:lbw=OUTALL>`.
+"""A1111's prompt tags: `<lora:name:0.8>`, `<lora:name:TE:UNET>`, weights by block, `<lora:name:1:1:lbw=OUTALL>`, and from when to when, `start=`, `stop=`.
 
 The tags are those of stable-diffusion-webui (extra_networks_lora.py: the text encoders' strength comes first, the denoiser's second, which is the
-same if it is left out), the weights by block those of hako-mikan's sd-webui-lora-block-weight. `<lyco:...>` is the same as `<lora:...>`.
+same if it is left out), the weights by block and the steps those of hako-mikan's sd-webui-lora-block-weight. `<lyco:...>` is the same as `<lora:...>`.
 """
 
 from __future__ import annotations
@@ -10,18 +10,21 @@ import functools
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from diffpeft import converters
 from diffpeft.bundle import COMPONENTS
 from diffpeft.converters.families.base import Table
 from diffpeft.errors import ConfigError, UnknownNameError, shown
 
+if TYPE_CHECKING:
+    from diffpeft.model.mix import Level, Strength
+
 Value = TypeVar("Value")
 _TAG = re.compile(r"\s*<(?:lora|lyco):([^>]*)>")
-_NAMED = ("te", "unet", "lbw", "w")
+_NAMED = ("te", "unet", "lbw", "w", "start", "stop", "step")
 _END = ".safetensors"
 
 # What the numbers of a vector are for. BASE (CLIP, T5) are text encoders; IN, M and OUT number the blocks as LDM and SGM do.
@@ -58,12 +61,39 @@ _FLUX_ENDS = {"IN": ("x_embedder", "context_embedder", "time_text_embed"), "OUT"
 
 @dataclass(frozen=True)
 class Tag:
-    """One tag: an adapter's name, its strength on the denoiser and on the text encoders, and a preset or a weight for each block."""
+    """One tag: an adapter's name, its strength on the denoiser and on the text encoders, and a preset or a weight for each block.
+
+    It acts on the denoiser from `start` until before `stop`: an int is the number of a step, the first is 1; a float a share of the steps.
+    """
 
     name: str
     unet: float = 1.0
     text_encoder: float = 1.0
     lbw: str | tuple[float, ...] | None = None
+    start: float | int | None = None
+    stop: float | int | None = None
+
+    def __str__(self) -> str:
+        """As it is written in a prompt."""
+        numbers = [self.unet] if self.unet == self.text_encoder else [self.text_encoder, self.unet]
+        lbw = self.lbw if isinstance(self.lbw, str | None) else ",".join(f"{weight:g}" for weight in self.lbw)
+        named = {"lbw": lbw, "start": self.start, "stop": self.stop}
+        said = [f"{key}={value}" for key, value in named.items() if value is not None]
+        return f"<lora:{':'.join([self.name, *(f'{number:g}' for number in numbers), *said])}>"
+
+    def at(self, strength: float) -> Tag:
+        """The same with another strength."""
+        return replace(self, unet=strength, text_encoder=strength)
+
+    def level(self, place: str, strength: float, steps: int) -> Level:
+        """A strength on a component, or on a layer of one, in a run of so many steps. Text encoders have read the prompt before the first one."""
+        if (self.start, self.stop) == (None, None) or place.startswith("text_encoder"):
+            return strength
+        from diffpeft.model import schedule  # torch
+
+        start, stop = _share(self.start, steps, 0.0), _share(self.stop, steps, 1.0)
+        points = {0.0: 0.0} | ({start: strength} if start < stop else {})
+        return schedule.steps(points | ({stop: 0.0} if stop < 1 else {}))
 
     def strength_on(self, place: str) -> float:
         """The strength on a component, or on a layer of one."""
@@ -106,16 +136,26 @@ def resolved(
     return resolved_files
 
 
-def strengths(tag: Tag, family: str | None, layers: Sequence[str] | None = None) -> float | dict[str, float]:
+def _share(point: float | int | None, steps: int, default: float) -> float:
+    """The share of the steps that lie before a point."""
+    if isinstance(point, int):
+        return min(max(point - 1, 0) / steps, 1.0)
+    return default if point is None else point
+
+
+def strengths(tag: Tag, family: str | None, layers: Sequence[str] | None = None, steps: int = 25) -> Strength:
     """What `set_adapters` takes: one number, or numbers by component and block. `layers`: the adapter's own, to name nothing else.
+
+    `steps`: how many a run has, for tags that say from which step to which.
 
     Raises ConfigError or UnknownNameError if the family has no such blocks.
     """
-    if tag.lbw is None and tag.unet == tag.text_encoder:
+    if tag.lbw is None and tag.unet == tag.text_encoder and (tag.start, tag.stop) == (None, None):
         return tag.unet
     table = converters.TABLES.get(family or "")
     parts = COMPONENTS if table is None else tuple(table.components)
-    by_pattern = {part: tag.strength_on(part) for part in parts} | _by_block(tag, family)
+    numbers = {part: tag.strength_on(part) for part in parts} | _by_block(tag, family)
+    by_pattern = {pattern: tag.level(pattern, number, steps) for pattern, number in numbers.items()}
     if layers is None:
         return by_pattern
     return {
@@ -207,9 +247,34 @@ def _tag(text: str) -> Tag:
     te, unet = (*numbers, "", "")[:2]
     text_encoder = _number(named.get("te", te or "1"), where)
     unet = named.get("unet", unet)
-    return Tag(
-        name, _number(unet, where) if unet else text_encoder, text_encoder, block_weights(named.get("lbw", ""), where)
-    )
+    unet_strength = _number(unet, where) if unet else text_encoder
+    return Tag(name, unet_strength, text_encoder, block_weights(named.get("lbw", ""), where), *_span(named, where))
+
+
+def _span(named: Mapping[str, str], where: str) -> tuple[float | int | None, float | int | None]:
+    """From when and until when an adapter acts: start= and stop=, or both as step=FROM-TO."""
+    start, stop = named.get("start", ""), named.get("stop", "")
+    if "step" in named:
+        start, dash, stop = named["step"].partition("-")
+        if not (dash and start and stop):
+            raise ConfigError(f"step={named['step']}", where=where, remedy="It is step=FROM-TO, as step=5-10.")
+    return _point(start, where), _point(stop, where)
+
+
+def _point(text: str, where: str) -> float | int | None:
+    """The number of a step, a share of the steps, or None for an empty text."""
+    if not text:
+        return None
+    if text.isascii() and text.isdigit():
+        return int(text[:9])
+    share = _number(text, where)
+    if not 0 <= share <= 1:
+        raise ConfigError(
+            f"{shown(text)} is no step and no share of them",
+            where=where,
+            remedy="A whole number is a step, the first is 1; a number with a point is a share, from 0.0 to 1.0.",
+        )
+    return share
 
 
 def _sorted(settings: Sequence[str], where: str) -> tuple[list[str], dict[str, str]]:

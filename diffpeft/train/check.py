@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffpeft import io
+from diffpeft.drawing.prompts import SamplePrompt, check_sizes
 from diffpeft.errors import ConfigError, DiffpeftError, UnknownNameError, WrongBaseError, inside, shown
 from diffpeft.families import FAMILIES, is_of, trainable
 from diffpeft.families.base import Sizes
@@ -28,9 +29,7 @@ from diffpeft.train.prior_prompts import prior_prompts
 from diffpeft.train.publish import check_hub
 from diffpeft.train.resume import begin
 from diffpeft.train.sample_prompts import (
-    SamplePrompt,
     check_controls,
-    check_sizes,
     prompts_of,
     typed_prompts,
     with_controls,

@@ -17,6 +17,8 @@ import torch
 from PIL import Image
 
 import diffpeft
+from diffpeft.drawing.calls import images_of, led, watched
+from diffpeft.drawing.prompts import SamplePrompt, check_sizes
 from diffpeft.errors import ConfigError
 from diffpeft.files import Json
 from diffpeft.model import schedule
@@ -28,8 +30,7 @@ from diffpeft.train.data.controls import Controls, shown_with
 from diffpeft.train.data.footage import pictures_of
 from diffpeft.train.data.read import picture
 from diffpeft.train.gallery import Gallery, Spot
-from diffpeft.train.sample import images_of, led, prompted, watched
-from diffpeft.train.sample_prompts import SamplePrompt, check_sizes
+from diffpeft.train.sample import prompted
 from diffpeft.train.signals import asked
 from diffpeft.train.team import team
 

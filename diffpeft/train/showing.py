@@ -24,6 +24,7 @@ from diffpeft.train.samples import Sampler, settled, stage, texts_of
 from diffpeft.train.team import team
 
 if TYPE_CHECKING:
+    from diffpeft.drawing.prompts import SamplePrompt
     from diffpeft.families import Family
     from diffpeft.train.checkpoints import SavedState
     from diffpeft.train.config import Options, TrainConfig
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
     from diffpeft.train.journal import Logbook
     from diffpeft.train.loop import Events, Keeper
     from diffpeft.train.run import TrainRun
-    from diffpeft.train.sample_prompts import SamplePrompt
     from diffpeft.train.usage import Stopwatch
     from diffpeft.train.watch import Watch
 

@@ -23,9 +23,8 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-import converters
-from converters.families import TABLES
-from diffpeft import io
+from diffpeft import converters, io
+from diffpeft.converters.families import TABLES
 from tests.benchmarks.files import SDXL, run
 
 RANKS = (16, 16, 24, 32, 32, 32, 48, 64, 64, 64)

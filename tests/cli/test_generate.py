@@ -1,5 +1,8 @@
 """Tags in the prompt of `diffpeft generate` do what `--lora` does."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +11,8 @@ from PIL import Image
 
 import diffpeft
 from diffpeft.cli import cli
+from diffpeft.cli.errors import run
+from diffpeft.drawing import infotext
 from diffpeft.errors import ConfigError
 from diffpeft.pipeline.open import open_pipeline
 from tests.cli import process
@@ -76,6 +81,142 @@ def test_two_numbers_and_block_weights(folder, draw):
     middle = ",".join(["0.5", *"000000", "2", *"000000000"])
     got = draw(f"an emoji of lemon <lora:style.v1:lbw={middle}>", *here)
     assert np.array_equal(got, np.asarray(want))
+
+
+def invoked(*args):
+    """Runs `diffpeft generate` in this process; the files that it names."""
+    done = CliRunner().invoke(cli, ["generate", "--steps", "2", *map(str, args)])
+    if done.exception is not None:
+        raise done.exception
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+def test_several_prompts_and_seeds_are_the_pictures_of_the_stock_pipeline(tmp_path):
+    prompts = ["an emoji of lemon", "an emoji of a dog"]
+    files = invoked("-p", prompts[0], "-p", prompts[1], "--seed", "3,5", "-o", tmp_path / "{n}-{seed}.png")
+    assert [file.removeprefix(f"{tmp_path}/") for file in files] == ["1-3.png", "2-5.png", "3-3.png", "4-5.png"]
+    pipe = open_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    one = torch.Generator("cpu").manual_seed(5)
+    want = pipe(prompts[1], num_inference_steps=2, guidance_scale=4.0, generator=one).images[0]
+    assert np.abs(np.asarray(Image.open(files[3])).astype(int) - np.asarray(want)).max() <= 1
+    assert invoked("-p", "x", "--num", "2", "--seed", "8", "-o", tmp_path / "more") == [
+        str(tmp_path / "more" / name) for name in ("0001-8.png", "0002-9.png")
+    ]
+
+
+@pytest.mark.slow
+def test_prompts_from_a_file_have_the_flags_of_kohya(tmp_path):
+    (tmp_path / "prompts.txt").write_text(
+        "# a comment\nan emoji of lemon --n blurry --w 64 --h 96 --d 7 --l 5 --s 3\nan emoji of a dog\n"
+    )
+    a, b = invoked("--prompts", tmp_path / "prompts.txt", "--seed", "4", "-o", tmp_path / "x.png")
+    pipe = open_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"num_inference_steps": 3, "guidance_scale": 5.0, "width": 64, "height": 96, "negative_prompt": "blurry"}
+    want = pipe("an emoji of lemon", generator=torch.Generator("cpu").manual_seed(7), **settings).images[0]
+    assert (np.asarray(Image.open(a)) == np.asarray(want)).all()
+    text = infotext.read(a)
+    assert text.startswith(
+        "an emoji of lemon\nNegative prompt: blurry\nSteps: 3, Sampler: DDIM, CFG scale: 5, Seed: 7, Size: 64x96"
+    )
+    assert "Steps: 2, Sampler: DDIM, CFG scale: 4, Seed: 4" in infotext.read(b)
+
+
+@pytest.mark.slow
+def test_a_grid_has_the_pictures_that_are_drawn_alone(folder, tmp_path):
+    grid = ("--grid", "strength=0:1:0.5", "x", "lora=style.v1,none")
+    common = ("-p", "an emoji of lemon", "--seed", "3", "--lora-dir", folder)
+    *singles, sheet = invoked(*common, *grid, "-o", tmp_path / "grid.webp", "--singles", tmp_path / "singles")
+    assert len(singles) == 6 and sheet == str(tmp_path / "grid.webp")
+    (alone,) = invoked(*common[:-2], "--lora", f"{folder / 'style.v1.safetensors'}:0.5", "-o", tmp_path / "alone.png")
+    pictures = [np.asarray(Image.open(file)) for file in singles]
+    assert (pictures[1] == np.asarray(Image.open(alone))).all()
+    assert (pictures[0] == pictures[3]).all() and not (pictures[1] == pictures[2]).all()
+    width, height = Image.open(sheet).size
+    assert width > 3 * 64 and height > 2 * 64
+    assert infotext.read(singles[1]).startswith("an emoji of lemon <lora:style.v1:0.5>\n")
+    assert infotext.lora_hash(folder / "style.v1.safetensors") in infotext.read(singles[1])
+    assert "Grid:" in infotext.read(sheet)
+
+
+@pytest.mark.slow
+def test_a_tag_may_begin_late_and_end_early(folder, draw):
+    here = ("--lora-dir", folder, "--steps", "4")
+    plain, strong = (draw(f"an emoji of lemon <lora:style.v1:0:{w}>", *here) for w in (0, 1))
+    late = draw("an emoji of lemon <lora:style.v1:0:1:start=0.5>", *here)
+    assert np.array_equal(draw("an emoji of lemon <lora:style.v1:0:1:start=3>", *here), late)
+    assert np.array_equal(draw("an emoji of lemon <lora:style.v1:0:1:step=0.0-1.0>", *here), strong)
+    assert np.array_equal(draw("an emoji of lemon <lora:style.v1:0:1:stop=1>", *here), plain)
+    assert not np.array_equal(late, plain) and not np.array_equal(late, strong)
+
+
+@pytest.mark.slow
+def test_a_picture_is_drawn_over(tmp_path, draw):
+    Image.new("RGB", (64, 64), (250, 220, 20)).save(tmp_path / "yellow.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(tmp_path / "mask.png")
+    over = ("--image", tmp_path / "yellow.png", "--steps", "4")
+    little, much = (draw("an emoji of lemon", *over, "--strength", s).astype(int) for s in ("0.25", "1"))
+    yellow = np.asarray(Image.open(tmp_path / "yellow.png")).astype(int)
+    assert np.abs(little - yellow).mean() < np.abs(much - yellow).mean()
+    half = draw("an emoji of lemon", *over, "--mask", tmp_path / "mask.png").astype(int)
+    assert np.abs(half - yellow)[:, 40:].mean() < np.abs(half - yellow)[:, :24].mean()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [("--offload", "1"), ("--offload", "0.5", "--device", "cpu")])
+def test_blocks_on_the_host_change_nothing(options, folder, draw):
+    style = ("--lora", folder / "style.v1.safetensors")
+    assert np.array_equal(draw("an emoji of lemon", *style, *options), draw("an emoji of lemon", *style))
+
+
+WRONG_OPTIONS = {
+    "no prompt": ((), "nothing says what to draw"),
+    "a seed": (("-p", "x", "--seed", "1,b"), "1,2,5-8"),
+    "seeds twice": (("-p", "x", "--seed", "1,2", "--num", "2"), "Pass one"),
+    "a scheduler": (("-p", "x", "--scheduler", "eular"), "'euler'"),
+    "an axis": (("-p", "x", "--grid", "strenght=1"), "'strength'"),
+    "strengths of nothing": (("-p", "x", "--grid", "strength=0,1"), "no adapter"),
+    "an adapter on an axis": (("-p", "x", "--grid", "lora=stile.v1"), "style.v1"),
+    "prompts twice": (("-p", "x", "--grid", "prompt=y|z"), "prompts"),
+    "singles of nothing": (("-p", "x", "--singles", "s"), "grid"),
+    "a mask of nothing": (("-p", "x", "--mask", "style.v1.safetensors"), "--image"),
+    "a strength": (("-p", "x", "--strength", "2"), "at most 1"),
+    "a device": (("-p", "x", "--device", "tpu"), "cuda"),
+    "a format": (("-p", "x", "-o", "x.bmp"), ".webp"),
+    "one name": (("-p", "x", "--num", "2", "-o", "{prompt}.png"), "{n}"),
+    "a field": (("-p", "x", "-o", "{sed}.png"), "seed"),
+    "a model": (("-p", "x", "-m", "/nowhere/x/y"), "no such model"),
+    "no picture": (("-p", "x", "--image", "style.v1.safetensors"), "cannot read an image"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_OPTIONS)
+def test_a_wrong_option_is_told_before_anything_heavy(kind, folder, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("diffpeft.cli.errors._quieten", lambda: None)
+    monkeypatch.setattr("diffpeft.drawing.job.opened", None)
+    args, says = WRONG_OPTIONS[kind]
+    before = sorted(folder.iterdir())
+    assert run(cli, ["generate", *map(str, args)]) in (2, 3, 4)
+    said = capsys.readouterr().err
+    assert says in said and len(said.splitlines()) <= 6
+    assert sorted(folder.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_what_options_say_is_judged_without_torch(folder):
+    """In a process of its own."""
+    code = (
+        "import sys; from diffpeft.cli.errors import run; from diffpeft.cli import cli;"
+        "assert run(cli, ['generate', '-p', 'x <lora:style.v1:start=0.5>', '--grid', 'seed=1-4 x style.v1=0,1', '-m', 'no/model/x']);"
+        "assert not {'torch', 'diffusers', 'transformers'} & sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 MISTAKES = {

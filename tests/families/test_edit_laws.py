@@ -14,13 +14,13 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as edit
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as plus
 from PIL import Image
 
+from diffpeft.drawing.calls import images_of as pictures_of
+from diffpeft.drawing.prompts import of_line
 from diffpeft.errors import WrongBaseError
 from diffpeft.families import CaptionReading, open_family, trainable
 from diffpeft.train.cache import Texts
 from diffpeft.train.config import TrainConfig
 from diffpeft.train.data.read import numbers
-from diffpeft.train.sample import images_of as pictures_of
-from diffpeft.train.sample_prompts import of_line
 from diffpeft.train.samples import drawn, keywords_of, settled
 from tests.families.pipelines import KINDS, pipeline
 from tests.families.test_family_laws import HEIGHT, WIDTH, calls, compare, first_level, times_set_by

@@ -14,6 +14,8 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from diffpeft.drawing.calls import images_of, led
+from diffpeft.drawing.prompts import of_line
 from diffpeft.errors import ConfigError, WrongBaseError
 from diffpeft.families import FAMILIES, CaptionReading, Frame, family_of, named_as, open_family
 from diffpeft.families.densities import DENSITIES
@@ -24,8 +26,7 @@ from diffpeft.families.prompts import embedded, stacked
 from diffpeft.model.target import select
 from diffpeft.train.cache import Texts
 from diffpeft.train.config import TrainConfig
-from diffpeft.train.sample import images_of, led, pictures, prompted
-from diffpeft.train.sample_prompts import of_line
+from diffpeft.train.sample import pictures, prompted
 from diffpeft.train.samples import drawn as drawn_sample
 from diffpeft.train.samples import keywords_of, settled, usual
 from tests.families import clips, table

@@ -50,6 +50,9 @@ TAGS = {  # A1111: the first number is the text encoders', the second the denois
     "s:w=MIDD": Tag("s", lbw="MIDD"),
     "s:1:OUTALL": Tag("s", lbw="OUTALL"),
     "s:1:1:0,1": Tag("s", lbw=(0.0, 1.0)),
+    "s:0.8:start=0.2:stop=0.8": Tag("s", 0.8, 0.8, start=0.2, stop=0.8),
+    "s:1:1:lbw=OUTALL:step=5-10": Tag("s", lbw="OUTALL", start=5, stop=10),
+    "s:step=0.25-1.0": Tag("s", start=0.25, stop=1.0),
 }
 
 
@@ -69,7 +72,11 @@ def test_what_a_tag_says(text):
         ("s:1:1:8", ConfigError, "TEXT_ENCODER"),
         ("s:lbw=OUTAL", UnknownNameError, "OUTALL"),
         ("s:lbw=1,R", ConfigError, "R"),
-        ("s:1:start=3", UnknownNameError, "start"),
+        ("s:1:begin=3", UnknownNameError, "begin"),
+        ("s:start=1.5", ConfigError, "share"),
+        ("s:stop=-1", ConfigError, "share"),
+        ("s:step=5", ConfigError, "FROM-TO"),
+        ("s:step=0.1-much", ConfigError, "much"),
     ],
 )
 def test_what_a_tag_cannot_say(text, error, says):
@@ -143,6 +150,27 @@ def test_strengths_are_products():
     assert (flux["text_encoder"], flux["text_encoder_2"], flux["transformer.x_embedder"]) == (0, 1, 2)
     assert (flux["transformer.transformer_blocks.18"], flux["transformer.single_transformer_blocks.0"]) == (21, 22)
     assert flux["transformer.proj_out"] == 60
+
+
+@pytest.mark.parametrize(
+    ("span", "on"),
+    [
+        ("start=3", [0, 0, 1, 1, 1, 1, 1, 1]),  # the extension counts steps from 1, and stops before the last one
+        ("stop=3", [1, 1, 0, 0, 0, 0, 0, 0]),
+        ("step=3-6", [0, 0, 1, 1, 1, 0, 0, 0]),
+        ("start=0:stop=99", [1, 1, 1, 1, 1, 1, 1, 1]),
+        ("start=99", [0] * 8),
+        ("stop=0", [0] * 8),
+        ("start=0.25:stop=0.75", [0, 0, 1, 1, 1, 1, 0, 0]),
+        ("start=0.75:stop=0.25", [0] * 8),
+        ("start=0.0:stop=1.0", [1] * 8),
+    ],
+)
+def test_from_which_step_to_which_a_tag_acts(span, on):
+    (tag,) = parsed(f"x <lora:s:0.5:0.8:{span}>")[1]
+    mix = strengths(tag, "sd15", steps=8)
+    assert mix["text_encoder"] == 0.5  # they have read the prompt before the first step
+    assert [mix["unet"].at(i / 8) for i in range(8)] == [0.8 * number for number in on]
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import converters
 import diffpeft
-from diffpeft import CannotConvertError, ConfigError, ShapeMismatchError, UnknownNameError, WrongBaseError
+from diffpeft import CannotConvertError, ConfigError, ShapeMismatchError, UnknownNameError, WrongBaseError, converters
 from tests.converters import factory
 
 SUMS = ("lora", "tucker", "loha", "loha-tucker", "lokr", "lokr-second", "lokr-first", "lokr-both", "full", "norm")

@@ -5,7 +5,8 @@ import json
 import pytest
 
 from diffpeft import ConfigError, TrainConfig, UnknownNameError
-from diffpeft.train.sample_prompts import FLAGS, SamplePrompt, check_sizes, of_line, prompts_of, read, typed_prompts
+from diffpeft.drawing.prompts import FLAGS, SamplePrompt, check_sizes, of_line, read
+from diffpeft.train.sample_prompts import prompts_of, typed_prompts
 
 WHOLE = "a cat -- in a hat --n dog, low quality --w 512 --h 768 --d 7 --l 7.5 --g 3.5 --s 30"
 SETTINGS = SamplePrompt("a cat -- in a hat", "dog, low quality", 512, 768, 7, 7.5, 3.5, 30)

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 import diffpeft
 from diffpeft import ConfigError, TrainConfig
+from diffpeft.drawing.prompts import of_line
 from diffpeft.errors import WrongBaseError
 from diffpeft.families import open_family
 from diffpeft.model.attach import attach
@@ -23,7 +24,6 @@ from diffpeft.train import dreambooth, samples
 from diffpeft.train.check import check
 from diffpeft.train.checkpoints import checkpoints_in
 from diffpeft.train.gallery import forget, newest_sample
-from diffpeft.train.sample_prompts import of_line
 from diffpeft.train.signals import Interrupted
 from tests.families.pipelines import pipeline
 from tests.single_file import original
