@@ -69,14 +69,14 @@ def on_hub(source: str) -> HubPlace | None:
     if HUB_ID.fullmatch(source) and Path(source).suffix != ".safetensors":
         return HubPlace(source)
     owner, name, file = (*source.split("/", 2), "", "")[:3]
-    if HUB_ID.fullmatch(f"{owner}/{name}") and file.endswith(".safetensors") and not Path(owner).exists():
+    if HUB_ID.fullmatch(f"{owner}/{name}") and file.endswith(".safetensors") and not os.path.exists(owner):
         return HubPlace(f"{owner}/{name}", None, file)
     return None
 
 
 def name_in(source: str | os.PathLike[str], filename: str | None = None) -> str:
     """The file's name without its ending: of `filename` if it is said, of the file or folder that a link names, else of the path or the repository."""
-    place = None if Path(source).exists() else on_hub(os.fspath(source))
+    place = None if os.path.exists(source) else on_hub(os.fspath(source))
     inner = place and (place.filename or place.repo).removesuffix(f"/{_USUAL}")
     return Path(filename or inner or source).name.removesuffix(".safetensors")
 
@@ -108,9 +108,9 @@ def located(source: object, **where: Unpack[Where]) -> object:
             remedy="Pass a path, a dict of tensors, a Bundle or a Hub id.",
         )
     path, place = Path(source), on_hub(os.fspath(source))
-    if path.is_dir():
+    if os.path.isdir(path):  # which is no error for what cannot be a path
         return _in_folder(path / (where.get("subfolder") or ""), filename)
-    if path.exists():
+    if os.path.exists(path):
         return path
     if place:
         return _fetched(place, filename, where)
@@ -135,15 +135,15 @@ def _remedy(path: Path) -> str:
         return (
             "A link is followed to huggingface.co only: save the file, and pass its path; or a Hub id with filename=."
         )
-    siblings = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
+    siblings = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
     return near(path.name, siblings) or "Check the path."
 
 
 def _in_folder(folder: Path, filename: str | None) -> Path:
     """The adapter's file in a folder, or the folder itself if it is a PEFT folder. Raises CheckpointError if several may be meant."""
-    if filename or not folder.is_dir():
+    if filename or not os.path.isdir(folder):
         path = folder / (filename or "")
-        if not path.exists():
+        if not os.path.exists(path):
             raise UnreadableFileError("no such file", where=path, remedy=_remedy(path))
         return path
     if all(present(folder / name) for name in PEFT) or components_in(folder):
