@@ -33,6 +33,7 @@ def folder(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_page_says_what_it_can_do(folder, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     monkeypatch.setattr("diffpeft.cli.errors._quieten", lambda: None)
