@@ -39,9 +39,9 @@ def path_of(page: str) -> Path:
 
 
 def commands(page: Path) -> list[list[str]]:
-    """Each `diffpeft ...` line of a fence without a language, and of the last column of a table, in its words."""
+    """Each `diffpeft ...` line of a fence that is no Python, and of the last column of a table, in its words."""
     text = page.read_text()
-    fences = re.findall(r"^```\n(.*?)^```", text, re.S | re.M)
+    fences = re.findall(r"^```(?:sh|bash)?\n(.*?)^```", text, re.S | re.M)
     lines = [line for fence in fences for line in fence.replace("\\\n", " ").splitlines()]
     lines += re.findall(r"\| `(diffpeft [a-z]+ [^`]+)` \|$", text, re.M)
     return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("diffpeft ")]
@@ -120,9 +120,13 @@ def test_commands_run(page, folder):
 @pytest.mark.parametrize("page", ["start.md", "gallery.md"])
 def test_python_on_the_first_pages_runs(page, folder):
     """With adapters where the pages' commands put theirs, and one step of drawing."""
+    pipe = open_pipeline()
+    diffpeft.attach(
+        pipe.unet, diffpeft.LoraConfig(r=2, init_lora_weights=False), targets=["attn1.to_q"]
+    )  # in all blocks
     for path in ("first/openmoji", "demo-out/openmoji", "heart/heart"):
         Path(path).parent.mkdir(exist_ok=True)
-        shutil.copy("style.safetensors", f"{path}.diffusers.safetensors")
+        diffpeft.save_lora(pipe, f"{path}.diffusers.safetensors")
     names: dict[str, object] = {}
     for block in re.findall(r"```python\n(.*?)```", path_of(page).read_text(), re.S):
         exec(re.sub(r"(STEPS = |num_inference_steps=)\d+", r"\g<1>1", block), names)

@@ -28,25 +28,27 @@ class KnownSampler:
 
 _SDE = {"algorithm_type": "sde-dpmsolver++"}
 _MULTI, _SINGLE = "DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler"
+# Pipelines of flows hand schedulers no generator: what draws noise at each step has none there, for it would not follow from the seed.
 SAMPLERS = {
     "ddim": KnownSampler("DDIM", "DDIMScheduler"),
     "ddpm": KnownSampler("DDPM", "DDPMScheduler"),
     "deis": KnownSampler("DEIS", "DEISMultistepScheduler", "DEISMultistepScheduler"),
     "dpm++_2m": KnownSampler("DPM++ 2M", _MULTI, _MULTI, {"algorithm_type": "dpmsolver++"}),
-    "dpm++_2m_sde": KnownSampler("DPM++ 2M SDE", _MULTI, _MULTI, _SDE),
+    "dpm++_2m_sde": KnownSampler("DPM++ 2M SDE", _MULTI, None, _SDE),
     "dpm++_2s": KnownSampler("DPM++ 2S", _SINGLE, None, {"algorithm_type": "dpmsolver++"}),
     "dpm2": KnownSampler("DPM2", "KDPM2DiscreteScheduler"),
     "dpm2_a": KnownSampler("DPM2 a", "KDPM2AncestralDiscreteScheduler"),
     "euler": KnownSampler("Euler", "EulerDiscreteScheduler", "FlowMatchEulerDiscreteScheduler"),
     "euler_a": KnownSampler("Euler a", "EulerAncestralDiscreteScheduler"),
     "heun": KnownSampler("Heun", "HeunDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"),
-    "lcm": KnownSampler("LCM", "LCMScheduler", "FlowMatchLCMScheduler"),
+    "lcm": KnownSampler("LCM", "LCMScheduler"),
     "lms": KnownSampler("LMS", "LMSDiscreteScheduler"),
     "pndm": KnownSampler("PLMS", "PNDMScheduler"),
     "tcd": KnownSampler("TCD", "TCDScheduler"),
     "unipc": KnownSampler("UniPC", "UniPCMultistepScheduler", "UniPCMultistepScheduler"),
 }
 _SPACINGS = {"karras": "Karras", "exponential": "Exponential", "beta": "Beta"}  # {how noise levels lie: A1111's word}
+_PACKAGES = ("scipy",)  # that schedulers are computed with
 _SPELT = {"plms": "pndm", "euler_ancestral": "euler_a", "dpm2_ancestral": "dpm2_a", "uni_pc": "unipc"}
 _BETAS = {sampler.betas for sampler in SAMPLERS.values()}
 
@@ -108,7 +110,11 @@ def scheduler_for(pipe: Pipeline, name: str) -> Component:
         raise ConfigError(
             f"{choice.name}: a {cls} has no such noise levels", remedy=f"Leave _{choice.spacing} out of the name."
         )
-    return kind.from_config(config, **changes, **(spacings if choice.spacing else {}))
+    try:
+        return kind.from_config(config, **changes, **(spacings if choice.spacing else {}))
+    except ImportError as error:
+        package = next((name for name in _PACKAGES if name in str(error)), "")
+        raise ConfigError(f"{choice.name} needs the package {package}", remedy=f"pip install {package}") from error
 
 
 def is_flow(scheduler: Component) -> bool:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffpeft
+from diffpeft.readable import Readable
 
 if TYPE_CHECKING:
     from packaging.requirements import Requirement
@@ -25,8 +26,8 @@ _EXTRA = re.compile(r"extra\s*==\s*['\"]([\w.-]+)['\"]")
 _FOR_PEOPLE = ("llm", "video")  # the extras that are not for who works on the package
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Readable):
     """What `doctor` found.
 
     Args:

@@ -13,6 +13,7 @@ from diffpeft.bundle import Bundle, Entry, parted
 from diffpeft.converters.inspection import measured
 from diffpeft.errors import CheckpointError, UnreadableFileError, UnsafeFileError, near
 from diffpeft.methods.layout import LAYOUTS
+from diffpeft.readable import Readable
 
 if TYPE_CHECKING:
     from diffpeft.pipeline.match import LayersByComponent
@@ -22,8 +23,8 @@ IDLE, ABSENT, CARRIED = "change nothing", "of components that the model lacks", 
 Findings = dict[str, list[str]]  # {kind: what was found, a line each}
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Readable):
     """Whether an adapter fits a model.
 
     Args:
@@ -43,6 +44,9 @@ class Verification:
     of: int
     problems: Mapping[str, Sequence[str]] = field(default_factory=dict)
     notes: Mapping[str, Sequence[str]] = field(default_factory=dict)
+
+    def _title(self) -> str:
+        return f"{self.path} {'fits' if self.fits else 'does not fit'} {self.model}"
 
     @property
     def fits(self) -> bool:
@@ -67,10 +71,10 @@ def verify(
 
     Raises UnreadableFileError or UnsafeFileError for a file that is none, CheckpointError for a model that is none.
     """
+    from diffpeft.converters import located
     from diffpeft.families import family_of
     from diffpeft.model.target import components, walked
     from diffpeft.pipeline.load import Hints, read_for
-    from diffpeft.pipeline.locate import located
     from diffpeft.pipeline.open import weightless
 
     file, target = located(path), weightless(model, base)

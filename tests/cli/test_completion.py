@@ -20,7 +20,7 @@ ROOT = Path(__file__).parent.parent.parent
 TEXTS = (  # that nobody but the user knows; a new option that is none of these has a type, or what completes it
     "allow_unchanged author class_prompt description erase filename instance_prompt layers license lr_pattern name negative optimizer_args "
     "blocks pairs positive preserve prior_prompts prompt push_to_hub rank_pattern revision sample_prompt sigma_range base_range subfolder "
-    "target token trigger trigger_words unset variant"
+    "target token trigger trigger_words unset variant grids max_size more seed"
 )
 FREE = set(TEXTS.split())
 

@@ -45,7 +45,7 @@ def _abilities(family: str) -> Iterable[str]:
 
 def _edits(kind: type[Family]) -> str:
     fewest, most = kind.controls
-    return NONE if not most else f"{fewest} to {most} images" if fewest < most else f"{most} image"
+    return NONE if not most else f"{fewest} to {most} images" if fewest < most else f"{most} image{'s' * (most > 1)}"
 
 
 def _clips(kind: type[Family]) -> str:

@@ -27,7 +27,7 @@ CELLS = [
     for format in FORMATS
     if format in SOURCES[method]
 ]
-QUICK = pairwise(CELLS)
+QUICK = [*pairwise(CELLS)[::5], ("peft", "lora", "sdxl"), ("diffusers", "lora", "sdxl")]
 
 
 def made(format, method, family, tmp_path, **options):

@@ -11,10 +11,13 @@ from diffpeft.definition import definition_of
 from diffpeft.model.state import bundle_of
 from diffpeft.tools.scaling import scaled
 from tests.contracts.kinds import FORMS, fits, give, layer
+from tests.pairwise import params
 
 KINDS = ("linear", "linear tall", "conv2d strided", "embedding")
 CURVED = {"dora", "oft", "boft", "hra"}  # at half a strength they are none of their kind
 CELLS = [(form, kind) for form in FORMS for kind in KINDS if fits(form, kind)]
+ALL = [(form, kind, in_alpha) for form, kind in CELLS for in_alpha in (True, False)]
+QUICK = [(form, kind, True) for form, kind in CELLS if kind == "linear" or "tucker" in form]
 
 
 def change(entry: Entry, W: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,8 +39,7 @@ def entry_of(form: str, kind: str, randomize) -> tuple[Entry, torch.Tensor, torc
     return entry, W, torch.randn(entry.shape[0], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("in_alpha", [True, False])
-@pytest.mark.parametrize(("form", "kind"), CELLS)
+@pytest.mark.parametrize(("form", "kind", "in_alpha"), params(ALL, QUICK))
 def test_strength_one_of_the_scaled_is_strength_s_of_the_entry(form, kind, in_alpha, randomize):
     entry, W, b = entry_of(form, kind, randomize)
     if FORMS[form].method in CURVED or "set_weight" in entry.tensors:

@@ -331,7 +331,7 @@ def test_no_mistake_that_needs_no_model_waits_for_torch(config, tmp_path):
         [*sft, str(tmp_path / "nothing.jsonl")],
         [*sft, str(tmp_path / "rows.jsonl"), "--quantize", "nf4"],
         ["inspect", str(tmp_path / "nothing")],
-        ["generate", "-p", "x", "-o", "x.jpg"],
+        ["generate", "-p", "x", "-o", "x.doc"],
         ["generate", "-p", "x", "--lora", str(tmp_path / "nothing")],
     ]
     done = subprocess.run(

@@ -7,7 +7,7 @@ of a picture, they are NAME_0, NAME_1 ... The first folder must have one for eac
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -141,23 +141,30 @@ def check(account: Account, wanted: Wanted) -> None:
             where=account.folder,
             remedy="Pass a model of edits (Flux.2, Flux.1 Kontext, Qwen-Image-Edit), or the folder of the pictures alone.",
         )
-    faults: dict[str, Iterable[Example]] = {
-        f"fewer than {wanted.fewest} control image{'s' * (wanted.fewest > 1)}, which this model must have": (
-            example for example in examples if len(example.controls) < wanted.fewest
+    places = "Control images are in --control DIR with the pictures' names, or in the column control of a table."
+    faults: list[tuple[str, Callable[[Example], bool], str]] = [
+        (
+            f"fewer than {wanted.fewest} control image{'s' * (wanted.fewest > 1)}, which this model must have",
+            lambda example: len(example.controls) < wanted.fewest,
+            places,
         ),
-        f"more than {wanted.most} control image{'s' * (wanted.most > 1)}, which this model reads at most": (
-            example for example in examples if len(example.controls) > wanted.most
+        (
+            f"more than {wanted.most} control image{'s' * (wanted.most > 1)}, which this model reads at most",
+            lambda example: len(example.controls) > wanted.most,
+            places,
         ),
-        "a control image of another shape, and this model lays them over one another": (
-            example for example in examples if wanted.aligned and not _alike(example)
+        (
+            "a control image of another shape, and this model lays them over one another",
+            lambda example: wanted.aligned and not _alike(example),
+            "Give each the ratio of sides of its picture.",
         ),
-    }
-    for what, at_fault in faults.items():
-        if names := [shown(example.name) for example in at_fault]:
+    ]
+    for what, is_at_fault, remedy in faults:
+        if names := [shown(example.name) for example in examples if is_at_fault(example)]:
             raise DataError(
                 f"{len(names)} of {len(examples)} pictures have {what}: {joined(names, _NAMES)}",
                 where=account.folder,
-                remedy="Control images are in --control DIR with the pictures' names, or in the column control of a table.",
+                remedy=remedy,
             )
 
 
