@@ -26,10 +26,6 @@ OUTPUTS = {
     "resize": (("resize", "a.safetensors", "b.safetensors", "--rank", "1"), ["b.safetensors"]),
     "scale": (("scale", "a.safetensors", "b.safetensors", "0.5"), ["b.safetensors"]),
     "bake": (("bake", "a.safetensors", "b.safetensors", "--blocks", "unet=0.5"), ["b.safetensors"]),
-    "extract": (
-        ("extract", "--base", "a.safetensors", "--tuned", "a.safetensors", "-o", "b.safetensors"),
-        ["b.safetensors"],
-    ),
     "list": (("list", ".", "--html", "b.html"), ["b.html"]),
     "edit": (("edit", "a.safetensors", "--set", "x=y", "-o", "b.safetensors"), ["b.safetensors"]),
     "average": (("average", "run", "-o", "b"), ["b/x.safetensors"]),
