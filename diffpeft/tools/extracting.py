@@ -20,7 +20,7 @@ from diffpeft.files import refuse_existing
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.layout import BIAS
 from diffpeft.methods.lokr import factorization
-from diffpeft.methods.lowrank import Spectrum, leading, nearest_kronecker, of_matrix, ranks_for
+from diffpeft.methods.lowrank import Spectrum, leading, nearest_kronecker, of_matrix, ranks_for, squared_norm
 from diffpeft.methods.shapes import rank as rank_of
 from diffpeft.readable import Readable
 from diffpeft.tools.merging import with_note
@@ -201,8 +201,9 @@ def _difference(base: Handle, tuned: Handle) -> Tensor | None:
     if not (before.is_floating_point() and after.is_floating_point()):
         raise ConfigError("the weights are quantised", remedy="Give models in fp32, fp16 or bf16.")
     wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
-    D = after.to(wide) - before.to(wide)
-    return D if bool(D.any()) else None
+    D = after.to(wide)
+    D = D.sub_(before) if D.data_ptr() != after.data_ptr() or tuned.tensor is None else D - before
+    return D if float(torch.linalg.vector_norm(D, math.inf)) else None
 
 
 def _full(entry: Entry, D: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Extracted | None:
@@ -255,7 +256,7 @@ def _lokr(entry: Entry, D: Tensor, recipe: ExtractRecipe, dtype: torch.dtype) ->
     columns = math.prod(kernel)
     (u, v), residual = nearest_kronecker(D.flatten(1), (o1, i1), (o2, i2 * columns), recipe.seed)
     tensors = {"lokr_w1": stored(u, dtype), "lokr_w2": stored(v.reshape(o2, i2, *kernel), dtype)}
-    energy = float(D.square().sum(dtype=torch.float64))
+    energy = squared_norm(D)
     return Extracted(replace(entry, method="lokr", tensors=tensors), energy * residual**2, energy)
 
 

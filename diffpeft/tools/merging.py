@@ -309,7 +309,7 @@ def _computed(weighted: WeightedEntries, recipe: MergeRecipe) -> Merged:
     summands = [(weight, update_of(entry)) for weight, entry in weighted]
     shape = max((summand.shape for _, summand in summands), key=len)
     _check_shapes(summands, shape, layer.layer)
-    acting = [(weight, summand) for weight, summand in summands if summand.dense is not None]
+    acting = [(weight, summand) for weight, summand in summands if summand.acts]
     shift = _shift(summands)
     if len(shape) == 1 or not acting:
         return _vectors(weighted, acting, shift, shape, recipe.dtype)
@@ -354,7 +354,7 @@ def _lora(layer: Entry, acting: Sequence[tuple[float, Summand]], shape: tuple[in
 
 def _check_shapes(updates: Sequence[tuple[float, Summand]], shape: tuple[int, ...], layer: str) -> None:
     """Raise ShapeMismatchError for updates of layers of different sizes."""
-    sizes = {(u.shape[0], math.prod(u.shape[1:])) for _, u in updates if u.dense is not None}
+    sizes = {(u.shape[0], math.prod(u.shape[1:])) for _, u in updates if u.acts}
     rows = {u.shape[0] for _, u in updates}
     if len(sizes) > 1 or len(rows) > 1:
         raise ShapeMismatchError(
@@ -404,7 +404,7 @@ def _factored(acting: Sequence[tuple[float, Summand]], recipe: MergeRecipe) -> t
         pair = _joined(pairs)
         if how == "cat" and rank is None and len(pair[0]) < min(len(pair[1]), pair[0].shape[1]):
             return pair, 0.0, product_norm(*pair)
-        spectrum = of_product(*pair)
+        spectrum = of_product(*pair, rank)
     else:
         spectrum = _of_dense(acting, recipe, rank)
     norm = spectrum.energy**0.5

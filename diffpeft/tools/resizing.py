@@ -146,7 +146,7 @@ def _layers(bundle: Bundle) -> tuple[list[CutLayer], dict[str, str]]:
             unchanged[entry.layer] = why
             continue
         update = update_of(under(entry) or entry)
-        if len(update.shape) < 2 or update.dense is None:
+        if len(update.shape) < 2 or not update.acts:
             unchanged[entry.layer] = "it has one number an output"
         elif hides_kernel(entry.layer, update.shape) and not _is_plain(entry):
             unchanged[entry.layer] = "nothing tells the kernel of this convolution"

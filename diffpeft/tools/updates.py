@@ -45,6 +45,11 @@ class Summand:
     lookup: bool = False
 
     @property
+    def acts(self) -> bool:
+        """Whether more than the bias changes."""
+        return self.factors is not None or self.matrix is not None
+
+    @property
     def dense(self) -> Tensor | None:
         """The matrix [out, columns], built from the factors if there are such; None if only the bias changes."""
         return self.matrix if self.factors is None else self.factors[1] @ self.factors[0]

@@ -1,9 +1,9 @@
 """`make bench`: this package against its peers, in one process, one thread, turn by turn.
 
-`python -m tests.benchmarks [layers | training | pipeline | pipelines | files | llm] [--quick]`: single layers (layers.py), steps of `diffpeft train`
-(training.py), the embedded base with diffusers and peft, the UNets of SD1.5 and SDXL with one and ten adapters (pipelines.py), converting and
-inspecting files (files.py), language models (llm.py); without a word all. Printed is process CPU time (medians) and its ratio; only ratios mean
-something on a busy machine.
+`python -m tests.benchmarks [layers | training | pipeline | pipelines | files | mergers | llm] [--quick]`: single layers (layers.py), steps of
+`diffpeft train` (training.py), the embedded base with diffusers and peft, the UNets of SD1.5 and SDXL with one and ten adapters (pipelines.py),
+converting and inspecting files (files.py), merging and extracting (mergers.py), language models (llm.py); without a word all. Printed is process CPU
+time (medians) and its ratio; only ratios mean something on a busy machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from diffusers.utils import logging
 
 import diffpeft
 from diffpeft.pipeline.open import open_pipeline
-from tests.benchmarks import files, layers, llm, pipelines, training
+from tests.benchmarks import files, layers, llm, mergers, pipelines, training
 from tests.benchmarks.layers import seconds
 
 ROUNDS, RANK = 7, 16
@@ -85,7 +85,9 @@ def pipeline() -> None:
 def main() -> None:
     """What the command line names."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description=__doc__)
-    parser.add_argument("what", nargs="?", choices=("layers", "training", "pipeline", "pipelines", "files", "llm"))
+    parser.add_argument(
+        "what", nargs="?", choices=("layers", "training", "pipeline", "pipelines", "files", "mergers", "llm")
+    )
     parser.add_argument("--quick", action="store_true", help="fewer layers, fewer rounds")
     parser.add_argument("--only", default="", help="methods with this word in their name")
     given = parser.parse_args()
@@ -103,6 +105,8 @@ def main() -> None:
         pipelines.main(given.quick)
     if given.what in (None, "files"):
         files.main(given.quick)
+    if given.what in (None, "mergers"):
+        mergers.main(given.quick)
     if given.what in (None, "llm"):
         llm.main(given.quick)
 
