@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import converters
 import diffpeft
-from diffpeft import CheckpointError, ConfigError, ShapeMismatchError, WrongBaseError
+from diffpeft import CheckpointError, ConfigError, ShapeMismatchError, WrongBaseError, converters
 from diffpeft.tools.extracting import extract
 from tests.converters import factory
 

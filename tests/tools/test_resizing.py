@@ -8,9 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import converters
 import diffpeft
-from diffpeft import CannotConvertError, ConfigError
+from diffpeft import CannotConvertError, ConfigError, converters
 from diffpeft.tools.resizing import bytes_of
 from tests.converters import factory
 
