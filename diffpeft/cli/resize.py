@@ -8,7 +8,7 @@ import click
 
 from diffpeft.cli.columns import columns, sized
 from diffpeft.cli.completion import family_names
-from diffpeft.cli.options import overwriting
+from diffpeft.cli.options import NegativeLast, overwriting
 
 if TYPE_CHECKING:
     from diffpeft.tools.resizing import ResizeReport
@@ -79,7 +79,7 @@ def _show(report: ResizeReport, all_: bool) -> None:
     click.echo(report.path)
 
 
-@click.command()
+@click.command(cls=NegativeLast)
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("out", metavar="OUT", type=click.Path())
 @click.argument("by", metavar="BY", type=float)

@@ -15,7 +15,15 @@ from diffpeft import converters, io
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.converters.conversion import dtype_named
 from diffpeft.converters.formats import FORMATS
-from diffpeft.errors import ConfigError, NonFiniteError, ShapeMismatchError, UnknownNameError, WrongBaseError, inside, shown
+from diffpeft.errors import (
+    ConfigError,
+    NonFiniteError,
+    ShapeMismatchError,
+    UnknownNameError,
+    WrongBaseError,
+    inside,
+    shown,
+)
 from diffpeft.files import refuse_existing
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.layout import BIAS

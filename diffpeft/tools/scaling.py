@@ -45,7 +45,7 @@ def scaled(entry: Entry, by: float, *, in_alpha: bool = True) -> Entry:
             remedy="Set its strength where it is used, or leave the layer out.",
         )
     layout = LAYOUTS[entry.method]
-    in_alpha = in_alpha and _LEAST <= abs(_alpha_times(entry, by)) <= _MOST
+    in_alpha = in_alpha and (not _alpha_times(entry, 1) or _LEAST <= abs(_alpha_times(entry, by)) <= _MOST)
     by_alpha = in_alpha and is_scaled(entry.method, entry.tensors) and (layout.patterns or not layout.peft)
     if "scale" in entry.options:  # a LoKr of two whole halves of PEFT's, whose alpha counts
         return _with_scale(entry, by) if in_alpha else _multiplied(entry, by, layout.linear | {BIAS})
