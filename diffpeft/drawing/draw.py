@@ -229,7 +229,9 @@ def _told(shot: Shot) -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, DiffpeftError):
             raise
-        raise ConfigError(f"the pipeline refuses: {error}", where=shot.where) from error
+        raise ConfigError(
+            f"the pipeline refuses: {error}", where=shot.where, remedy="Give this prompt other settings."
+        ) from error
 
 
 def _drawn(pipe: Pipeline, shots: Sequence[Shot]) -> list[Image]:
