@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -23,7 +24,7 @@ from diffpeft.train.resume import remembered
 from diffpeft.train.translation import key_of
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
-_TYPES = {"int": int, "float": float, "str": str}
+_TYPES = {"int": int, "float": float, "str": str}  # that they are finite is checked with the other fields
 Command = Callable[..., int | None]
 
 
@@ -55,6 +56,17 @@ def place_options(command: Command) -> Command:
     for name, (flags, kind, help_) in reversed(_PLACE.items()):
         command = click.option(*flags, name, type=kind, help=help_)(command)
     return command
+
+
+class Finite(click.FloatRange):
+    """A number, and neither NaN nor infinite."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number of a text."""
+        number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]  # click's own signature is too narrow
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return number
 
 
 class NegativeLast(click.Command):
@@ -100,7 +112,7 @@ def misunderstood(error: click.UsageError, ctx: click.Context) -> ConfigError:
     if isinstance(kind, click.Choice):
         close = near(value, map(str, kind.choices))
     elif isinstance(kind, click.Path):
-        close = _file_inside(value) if os.path.isdir(value) else near_path(value)
+        close = _file_inside(value, isinstance(param, click.Argument)) if os.path.isdir(value) else near_path(value)
     elif isinstance(ctx.command, click.Group):
         close = near(value, ctx.command.commands)
     what = error.format_message().partition(". Did you mean")[0].rstrip(".")
@@ -114,9 +126,11 @@ def misunderstood(error: click.UsageError, ctx: click.Context) -> ConfigError:
 _QUOTED = re.compile(r"'([^']*)'")
 
 
-def _file_inside(folder: str) -> str:
-    """What to do about a folder where a file is asked for."""
-    names = sorted(os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors"))
+def _file_inside(folder: str, adapter: bool) -> str:
+    """What to do about a folder where a file is asked for, of an adapter or another one."""
+    names = sorted(
+        os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors") and adapter
+    )
     return f"Give a file: {listed(names, 3)}." if names else "Give a file."
 
 

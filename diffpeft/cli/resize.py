@@ -8,7 +8,7 @@ import click
 
 from diffpeft.cli.columns import columns, sized
 from diffpeft.cli.completion import family_names
-from diffpeft.cli.options import NegativeLast, overwriting
+from diffpeft.cli.options import Finite, NegativeLast, overwriting
 
 if TYPE_CHECKING:
     from diffpeft.tools.resizing import ResizeReport
@@ -20,7 +20,7 @@ _LISTED = 10  # layers in the table without --all
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("out", metavar="OUT", type=click.Path())
 @click.option("-r", "--rank", type=int, help="The most that a layer has.")
-@click.option("--energy", type=float, help="The share of each layer's squared norm to keep, such as 0.95.")
+@click.option("--energy", type=Finite(), help="The share of each layer's squared norm to keep, such as 0.95.")
 @click.option("--max-size", help="Of the file, such as 50MB or 48MiB: ranks go where they keep most.")
 @click.option(
     "--family", shell_complete=family_names, help="What the adapter is for, if that is not what it looks like."
@@ -82,7 +82,7 @@ def _show(report: ResizeReport, all_: bool) -> None:
 @click.command(cls=NegativeLast)
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("out", metavar="OUT", type=click.Path())
-@click.argument("by", metavar="BY", type=float)
+@click.argument("by", metavar="BY", type=Finite())
 @click.option(
     "--family", shell_complete=family_names, help="What the adapter is for, if that is not what it looks like."
 )

@@ -120,3 +120,21 @@ def test_a_regular_expression_that_is_none_has_a_remedy():
     with pytest.raises(ConfigError) as error:
         patterns.fullmatch("[", "layers")
     assert error.value.remedy
+
+
+NUMBERS = [
+    (name, option)
+    for name, command in commands()
+    for option in command.params
+    if isinstance(option.type, (click.types.FloatParamType, click.FloatRange))
+    and name.split()[0] not in ("train", "slider", "sft", "data")
+]
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-inf"])
+@pytest.mark.parametrize(("name", "option"), NUMBERS, ids=[f"{name} {option.opts[-1]}" for name, option in NUMBERS])
+def test_a_number_is_finite(name, option, text):
+    """Of training, the fields check themselves: tests/train."""
+    with pytest.raises(click.BadParameter, match=r"finite|range"):
+        option.type.convert(text, option, None)
+    assert option.type.convert("0.5", option, None) == 0.5
