@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffpeft.cli.columns import columns, sized
+from diffpeft.cli.columns import columns
 from diffpeft.cli.completion import family_names
 from diffpeft.cli.options import Finite, NegativeLast, overwriting
 
@@ -58,6 +58,7 @@ def resize(
 def _show(report: ResizeReport, all_: bool) -> None:
     """A table of the layers that lose most, and what became of the others."""
     from diffpeft.errors import joined
+    from diffpeft.readable import bytes_in_words
 
     layers = sorted(report.energy, key=lambda layer: report.energy[layer])
     rows = [("before", "after", "energy kept", "layer")] + [
@@ -75,7 +76,9 @@ def _show(report: ResizeReport, all_: bool) -> None:
     for why in dict.fromkeys(report.unchanged.values()):
         same = [layer for layer, reason in report.unchanged.items() if reason == why]
         click.echo(f"{len(same)} layers stay as they are ({why}): {joined(same, 3)}")
-    click.echo(f"{sized(report.size_before)} to {sized(report.size)}, {report.kept_energy:.4f} of the energy kept")
+    click.echo(
+        f"{bytes_in_words(report.size_before)} to {bytes_in_words(report.size)}, {report.kept_energy:.4f} of the energy kept"
+    )
     click.echo(report.path)
 
 
