@@ -79,7 +79,7 @@ MISTAKES = {
     "an adapter for another family": (("generate", "-p", "x", "--lora", "sdxl.safetensors"), 4, "sdxl"),
     "an adapter for another model": (("generate", "-p", "x", "--lora", "other.safetensors"), 4, "size mismatch"),
     "a pickle": (("generate", "-p", "x", "--lora", "x.bin"), 4, "pickle"),
-    "an output that is no PNG": (("generate", "-p", "x", "-o", "x.jpg"), 2, ".png"),
+    "an output that is no picture": (("generate", "-p", "x", "-o", "x.bmp"), 2, ".png"),
 }
 
 

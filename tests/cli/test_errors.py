@@ -88,7 +88,7 @@ def test_where_it_was_saved_instead_is_said(capsys):
         (("train", "--max-seq-length", "3"), "Here that is --max-length."),
         (("train", "--qlora", "3"), "Here that is --quantize, which is nf4, int8 or fp8."),
         (("sft", "--vae", "3"), "diffpeft sft --help"),
-        (("generate", "--prmopt", "3"), "Did you mean --prompt?"),
+        (("generate", "--prmopt", "3"), "Did you mean --prompt"),
     ],
 )
 def test_an_unknown_option_is_answered_with_one_that_there_is(args, says, capsys):

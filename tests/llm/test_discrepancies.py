@@ -27,11 +27,12 @@ class Net(nn.Module):
 
 
 def told(lib, act):
-    """What a library warns of: (kind, message)."""
+    """What a library warns of: (kind, message). A kind of ours is PEFT's where it is derived from it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         act(lib)
-    return [(w.category.__name__, str(w.message)) for w in caught if w.category.__name__ in NAMES]
+    kinds = [(next((c.__name__ for c in w.category.__mro__ if c.__name__ in NAMES), ""), w) for w in caught]
+    return [(kind, str(w.message)) for kind, w in kinds if kind]
 
 
 def compared(act):
