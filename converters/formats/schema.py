@@ -162,7 +162,10 @@ _ROTATIONS = {
     "boft_n_butterfly_factor": whole(0, 64),
 }
 _IA3 = {"feedforward_modules": PATTERN, "init_ia3_weights": FLAG}
+_SIZED = [layout for layout in LAYOUTS.values() if layout.patterns not in ("", "rank_pattern")]
 _METHODS = {
+    **{layout.rank_field: SIZE for layout in _SIZED},
+    **{layout.patterns: by_name(SIZE) | NOTHING for layout in _SIZED},
     **{name: SHARE for layout in LAYOUTS.values() for name in layout.dropouts if name.endswith("_dropout")},
     **{row.name: _WORDS[row.kind] for layout in LAYOUTS.values() for row in layout.fields},
 }

@@ -30,7 +30,7 @@ class Form:
     Args:
         axes: {role: its axes}.
         optional: the roles that may be left out.
-        products: {letter: the two whose product it is}, the second of which follows from the first.
+        products: {letter, or `i.k`: the two whose product it is}, the second of which follows from the first.
         turns: the features (`o` or `i.k`) that `n` blocks of `b` are of.
         side: `input` or `output` where a rotation's tensors are of one side.
         shared: whether one block may stand for all.
@@ -134,7 +134,7 @@ def size(form: Form, sizes: Sizes, name: str) -> int | None:
     for written in (name, f"{name}.k"):
         if written in sizes and isinstance(n := sizes[written][0][1], int):
             return n
-    factors = [size(form, sizes, factor) for factor in form.products.get(name, ())]
+    factors = [size(form, sizes, factor) for factor in form.products.get(name, form.products.get(f"{name}.k", ()))]
     known = [n for n in factors if n is not None]
     return math.prod(known) if known and len(known) == len(factors) else None
 

@@ -112,9 +112,9 @@ def bound(form: Form, shapes: Shapes, layer: LayerShape) -> dict[str, int] | str
         n = sizes[name] = Counter(n for _, other, n in letters if other == name).most_common(1)[0][0]
         if name in products:
             total, second = products[name]
-            if not n or sizes[total] % n:
-                return f"{shown([role], shapes)} does not divide the layer's {sizes[total]} features"
-            sizes[second] = sizes[total] // n
+            features = sizes[total] if total in sizes else math.prod(layer.shape[1:])
+            if not n or features % n or sizes.setdefault(second, features // n) != features // n:
+                return f"{shown([role], shapes)} does not divide the layer's {features} features"
     return sizes
 
 

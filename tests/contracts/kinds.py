@@ -195,6 +195,8 @@ FORMS = {
     "hra": Form("hra", {"r": 2}, identity=1e-6, identity_single=1e-5),
     "hra, gram-schmidt": Form("hra", {"r": 2, "apply_GS": True}, identity=math.inf, identity_single=math.inf),
     "vera": Form("vera", {"r": 3, "d_initial": 0.7}, dropout={"vera_dropout": 0.5}),
+    "c3a": Form("c3a", {"block_size": 2, "init_weights": True}),
+    "c3a, random start": Form("c3a", {"block_size": 2}, identity=math.inf, identity_single=math.inf),
     "hira": Form("hira", {"r": 2}, dropout={"hira_dropout": 0.5}),
     "ia3": Form("ia3"),
     "ia3, feedforward": Form("ia3", {"feedforward_modules": ".*"}),

@@ -67,6 +67,7 @@ CONFIGS = {
         (*LINEAR, "gpt-2's Conv1D", "conv2d", "conv2d dilated", "conv2d 1x1", "conv2d grouped", "conv3d"),
     ),
     "hira": ("HiraConfig", {"r": 2}, (*LINEAR, "gpt-2's Conv1D", *CONVS, "conv3d", "embedding")),
+    "c3a": ("C3AConfig", {"block_size": 4}, LINEAR),
     "boft, blocks": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2}, LINEAR),
 }
 CELLS = [(name, kind) for name, (_, _, kinds) in CONFIGS.items() for kind in kinds]

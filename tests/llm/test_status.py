@@ -41,6 +41,7 @@ METHODS = {
     "hra": ("HRAConfig", {}),
     "vera": ("VeraConfig", {}),
     "hira": ("HiraConfig", {}),
+    "c3a": ("C3AConfig", {"block_size": 2}),
 }
 
 
