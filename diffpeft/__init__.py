@@ -151,7 +151,9 @@ if TYPE_CHECKING:
     from diffpeft.llm.tuners import LoHaModel as LoHaModel
     from diffpeft.llm.tuners import LoKrModel as LoKrModel
     from diffpeft.llm.tuners import LoraModel as LoraModel
+    from diffpeft.llm.tuners import MissModel as MissModel
     from diffpeft.llm.tuners import OFTModel as OFTModel
+    from diffpeft.llm.tuners import RoadModel as RoadModel
     from diffpeft.llm.tuners import VeraModel as VeraModel
     from diffpeft.methods import METHODS as METHODS
     from diffpeft.model import schedule as schedule

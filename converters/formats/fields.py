@@ -419,6 +419,41 @@ class HiraDialect(Dialect):
         return super().disagreement(entry, config) and super().disagreement(entry, one_rank)
 
 
+class MissDialect(Dialect):
+    """MiSS in one of its three forms, of which a config has one for all layers. The shapes do not tell a mini one of as many rows as the layer has."""
+
+    def fields(self, entries: Sequence[Entry]) -> Fields:
+        form = _common(entries, "form", _miss_form)
+        mini = {"mini_r": _common(entries, "mini_r", lambda e: e.shapes["miss_block"][1])} if form == "mini" else {}
+        return {**super().fields(entries), "init_weights": form, **mini}
+
+    def configured(self, entry: Entry, config: Config) -> Entry:
+        form = config.get("init_weights")
+        return replace(entry, options={"form": form}) if form in ("bat", "mini") else entry
+
+
+class RoadDialect(Dialect):
+    """RoAd, whose tensors tell the variant where a layer's size is known."""
+
+    def fields(self, entries: Sequence[Entry]) -> Fields:
+        return {**super().fields(entries), "variant": _common(entries, "variant", self._variant)}
+
+    @staticmethod
+    def _variant(entry: Entry) -> object:
+        (n,) = entry.shapes["road_theta"]
+        told = entry.options.get("variant", "road_1")
+        return told if entry.shape is None else ("road_1", "road_2", "road_4")[n // entry.shape[0]]
+
+
+def _miss_form(entry: Entry) -> object:
+    """What `init_weights` is of a MiSS in PEFT's config."""
+    shape = entry.shapes["miss_block"]
+    if len(shape) == 3:
+        return "bat"
+    other = entry.shape is not None and shape[1] != entry.shape[0]
+    return "mini" if other or entry.options.get("form") == "mini" else True
+
+
 _DIALECTS: dict[str, type[Dialect]] = {
     "lora": LoraDialect,
     "dora": LoraDialect,
@@ -429,6 +464,8 @@ _DIALECTS: dict[str, type[Dialect]] = {
     "boft": BoftDialect,
     "ia3": IA3Dialect,
     "hira": HiraDialect,
+    "miss": MissDialect,
+    "road": RoadDialect,
 }
 
 

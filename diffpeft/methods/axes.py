@@ -108,6 +108,11 @@ def letter(word: str) -> str:
     return word.rstrip("^?")
 
 
+def letters(axes: Axes) -> set[str]:
+    """The letters of axes, those of a product apart."""
+    return {name for word in axes if word[0] not in "*1" for name in letter(word).split(".")}
+
+
 def triangle(n: int) -> int:
     """The b of which n is b (b - 1) / 2; -1 if there is none."""
     b = (1 + math.isqrt(1 + 8 * n)) // 2

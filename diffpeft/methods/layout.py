@@ -25,7 +25,7 @@ class Field:
     Args:
         name: the field's.
         option: of the adapter's options; empty for a field that only a fresh adapter looks at.
-        kind: what it holds: `flag`, `count` or `number`.
+        kind: what it holds: `flag`, `count`, `number` or `word`.
         default: of the field, where a file leaves it out.
     """
 
@@ -399,6 +399,29 @@ LAYOUTS: dict[str, Layout] = {
         off=_words("c3a_kernel"),
         linear=_words("c3a_kernel"),
         training=Training({"rank": "block_size"}, {"init_weights": True}, images=False),
+    ),
+    "miss": Layout(
+        "miss.Miss",
+        (form("miss_block: r m | n r r", products={"o": ("m", "p")}),),
+        config="MissConfig",
+        peft="MISS",
+        status="miss.Miss",
+        dropouts={"miss_dropout": "dropout"},
+        fields=(Field("mini_r", "", "count", 1),),
+        rank_default=64,
+        off=_words("miss_block"),
+        linear=_words("miss_block"),
+        training=Training({"rank": "r", "dropout": "miss_dropout"}, images=False),
+    ),
+    "road": Layout(
+        "road.Road",
+        (form("road_theta: t; road_alpha: t"),),
+        config="RoadConfig",
+        peft="ROAD",
+        status="road.",
+        fields=(Field("variant", "variant", "word", "road_1"), Field("group_size", "group_size", "count", 64)),
+        ranks=(),
+        training=Training({"rank": "group_size"}, images=False),
     ),
     "full": Layout(
         "full.Full",

@@ -68,6 +68,14 @@ CONFIGS = {
     ),
     "hira": ("HiraConfig", {"r": 2}, (*LINEAR, "gpt-2's Conv1D", *CONVS, "conv3d", "embedding")),
     "c3a": ("C3AConfig", {"block_size": 4}, LINEAR),
+    "miss": ("MissConfig", {"r": 4}, LINEAR),
+    "miss, a part": ("MissConfig", {"r": 5}, LINEAR),
+    "miss, mini": ("MissConfig", {"r": 5, "init_weights": "mini", "mini_r": 4}, LINEAR),
+    "miss, bat": ("MissConfig", {"r": 4, "init_weights": "bat"}, LINEAR),
+    **{
+        f"road, {n}": ("RoadConfig", {"variant": f"road_{n}", "group_size": size}, LINEAR)
+        for n, size in ((1, 4), (2, 8), (4, 2))
+    },
     "boft, blocks": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2}, LINEAR),
 }
 CELLS = [(name, kind) for name, (_, _, kinds) in CONFIGS.items() for kind in kinds]

@@ -41,6 +41,8 @@ METHODS = {
     "hra": ("HRAConfig", {}),
     "vera": ("VeraConfig", {}),
     "hira": ("HiraConfig", {}),
+    "miss": ("MissConfig", {"r": 2}),
+    "road": ("RoadConfig", {"group_size": 2}),
     "c3a": ("C3AConfig", {"block_size": 2}),
 }
 

@@ -52,6 +52,12 @@ ONLY_PEFT = {
     "hira",
     "c3a",
     "c3a, random start",
+    "road",
+    "road, 2",
+    "road, 4",
+    "miss",
+    "miss, mini",
+    "miss, bat",
 }  # methods that no other program has
 LYCORIS = set(FORMS) - INPUT - ONLY_PEFT - {"lora, rank-stabilised, with biases", "adalora", "ia3", "ia3, feedforward"}
 HELD = {
@@ -223,11 +229,17 @@ IN_PEFT = {
     "HRA": ("HRAConfig", dict(r=4)),
     "HRA of an odd chain, by Gram-Schmidt": ("HRAConfig", dict(r=3, apply_GS=True)),
     "HiRA": ("HiraConfig", dict(r=3)),
+    "MiSS": ("MissConfig", dict(r=5)),
+    "MiSS, mini": ("MissConfig", dict(r=5, init_weights="mini", mini_r=2)),
+    "MiSS, bat": ("MissConfig", dict(r=4, init_weights="bat")),
+    "RoAd 1": ("RoadConfig", dict(group_size=4)),
+    "RoAd 2": ("RoadConfig", dict(variant="road_2", group_size=2)),
+    "RoAd 4": ("RoadConfig", dict(variant="road_4", group_size=4)),
     "C3A": ("C3AConfig", dict(block_size=4)),
     "C3A of other blocks": ("C3AConfig", dict(block_size=4, block_size_pattern={"inner.two": 2})),
     "BOFT by number": ("BOFTConfig", dict(boft_block_size=0, boft_block_num=2)),
 }
-LINEAR_IN_PEFT = {"C3AConfig"}  # what PEFT has for linear layers alone
+LINEAR_IN_PEFT = {"RoadConfig", "C3AConfig", "MissConfig"}  # what PEFT has for linear layers alone
 every_case = pytest.mark.parametrize("case", IN_PEFT)
 
 
@@ -716,8 +728,8 @@ def test_every_role_is_read_in_diffusers_namespace(form, fresh, randomize, tmp_p
             tensors[f"{e.layer}.alpha"] = torch.tensor(float(e.alpha), dtype=torch.float64)
     if FORMS[form].method == "oft" and form in INPUT and form != "oft, neumann":
         return  # without a config it is the series
-    if form in ("hra, gram-schmidt", "vera"):
-        return  # without a config it is a chain; the seed stands there too
+    if form in ("hra, gram-schmidt", "vera") or form.startswith("road"):
+        return  # without a config it is a chain; the seed, and the size of groups, stand there too
     if form.startswith("ia3"):
         return  # without a config nothing tells a convolution's inputs from its outputs
     load_lora(back, tensors, name="default")
