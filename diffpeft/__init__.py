@@ -145,6 +145,7 @@ if TYPE_CHECKING:
     from diffpeft.llm.tuners import AdaLoraModel as AdaLoraModel
     from diffpeft.llm.tuners import BOFTModel as BOFTModel
     from diffpeft.llm.tuners import C3AModel as C3AModel
+    from diffpeft.llm.tuners import DeloraModel as DeloraModel
     from diffpeft.llm.tuners import HiraModel as HiraModel
     from diffpeft.llm.tuners import HRAModel as HRAModel
     from diffpeft.llm.tuners import IA3Model as IA3Model

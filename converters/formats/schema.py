@@ -92,7 +92,13 @@ REPLICATION = Kind(
     f"a list of at most {MAX_RANGES} pairs (first layer, end), for at most {MAX_LAYERS} layers", _is_replication
 )
 
-_WORDS = {"flag": FLAG, "count": COUNT, "number": ALPHA, "word": WORD}  # of methods.layout.Field.kind
+_WORDS = {
+    "flag": FLAG,
+    "count": COUNT,
+    "number": ALPHA,
+    "word": WORD,
+    "numbers": by_name(ALPHA) | NOTHING,
+}  # of methods.layout.Field.kind
 _COMMON = {
     "peft_type": WORD | NOTHING,
     "task_type": WORD | NOTHING,

@@ -25,7 +25,7 @@ class Field:
     Args:
         name: the field's.
         option: of the adapter's options; empty for a field that only a fresh adapter looks at.
-        kind: what it holds: `flag`, `count`, `number` or `word`.
+        kind: what it holds: `flag`, `count`, `number`, `numbers` by pattern or `word`.
         default: of the field, where a file leaves it out.
     """
 
@@ -422,6 +422,19 @@ LAYOUTS: dict[str, Layout] = {
         fields=(Field("variant", "variant", "word", "road_1"), Field("group_size", "group_size", "count", 64)),
         ranks=(),
         training=Training({"rank": "group_size"}, images=False),
+    ),
+    "delora": Layout(
+        "delora.Delora",
+        (form("delora_A: r i *k; delora_B: o r *1; delora_lambda: 1; delora_w_norm: i *k"),),
+        config="DeloraConfig",
+        peft="DELORA",
+        status="delora.Delora",
+        dropouts={"module_dropout": "dropout"},
+        patterns="rank_pattern",
+        fields=(Field("delora_lambda", "", "number", 15), Field("lambda_pattern", "", "numbers", None)),
+        off=_words("delora_B"),
+        linear=_words("delora_lambda"),
+        training=Training({"rank": "r", "dropout": "module_dropout"}, images=False, matrix=True),
     ),
     "full": Layout(
         "full.Full",

@@ -203,6 +203,7 @@ FORMS = {
     "road": Form("road", {"group_size": 2}),
     "road, 2": Form("road", {"group_size": 2, "variant": "road_2"}),
     "road, 4": Form("road", {"group_size": 2, "variant": "road_4"}),
+    "delora": Form("delora", {"r": 4, "delora_lambda": 3}, dropout={"module_dropout": 0.5}),
     "hira": Form("hira", {"r": 2}, dropout={"hira_dropout": 0.5}),
     "ia3": Form("ia3"),
     "ia3, feedforward": Form("ia3", {"feedforward_modules": ".*"}),

@@ -76,6 +76,7 @@ CONFIGS = {
         f"road, {n}": ("RoadConfig", {"variant": f"road_{n}", "group_size": size}, LINEAR)
         for n, size in ((1, 4), (2, 8), (4, 2))
     },
+    "delora": ("DeloraConfig", {"r": 3, "delora_lambda": 2}, LINEAR),
     "boft, blocks": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2}, LINEAR),
 }
 CELLS = [(name, kind) for name, (_, _, kinds) in CONFIGS.items() for kind in kinds]
@@ -105,7 +106,7 @@ def pair(name, kind):
 
 def _theirs(model, role):
     found = getattr(model[0], role.removesuffix("_bias"))["default"]
-    return found if isinstance(found, nn.Parameter) else found.bias if role.endswith("_bias") else found.weight
+    return found if isinstance(found, torch.Tensor) else found.bias if role.endswith("_bias") else found.weight
 
 
 @pytest.mark.parametrize(("name", "kind"), CELLS)

@@ -43,6 +43,7 @@ METHODS = {
     "hira": ("HiraConfig", {}),
     "miss": ("MissConfig", {"r": 2}),
     "road": ("RoadConfig", {"group_size": 2}),
+    "delora": ("DeloraConfig", {}),
     "c3a": ("C3AConfig", {"block_size": 2}),
 }
 

@@ -55,6 +55,7 @@ ONLY_PEFT = {
     "road",
     "road, 2",
     "road, 4",
+    "delora",
     "miss",
     "miss, mini",
     "miss, bat",
@@ -235,11 +236,12 @@ IN_PEFT = {
     "RoAd 1": ("RoadConfig", dict(group_size=4)),
     "RoAd 2": ("RoadConfig", dict(variant="road_2", group_size=2)),
     "RoAd 4": ("RoadConfig", dict(variant="road_4", group_size=4)),
+    "DeLoRA": ("DeloraConfig", dict(r=3, delora_lambda=2, rank_pattern={"two": 2})),
     "C3A": ("C3AConfig", dict(block_size=4)),
     "C3A of other blocks": ("C3AConfig", dict(block_size=4, block_size_pattern={"inner.two": 2})),
     "BOFT by number": ("BOFTConfig", dict(boft_block_size=0, boft_block_num=2)),
 }
-LINEAR_IN_PEFT = {"RoadConfig", "C3AConfig", "MissConfig"}  # what PEFT has for linear layers alone
+LINEAR_IN_PEFT = {"DeloraConfig", "RoadConfig", "C3AConfig", "MissConfig"}  # what PEFT has for linear layers alone
 every_case = pytest.mark.parametrize("case", IN_PEFT)
 
 
