@@ -29,16 +29,13 @@ class Part:
     alpha: Handle | float | None
     spec: Spec
     axes: tuple[int, ...] = ()  # how many each of them has
+    additive: bool = field(init=False)  # whether with these tensors it adds the same whatever the weight is
     bare: bool = field(init=False)  # whether the tensors are computed with as they are
-
-    @property
-    def additive(self) -> bool:
-        return bool(
-            self.method.additive({**dict.fromkeys(self.roles, 0), **dict(zip(self.roles, self.axes, strict=False))})
-        )
 
     def __post_init__(self) -> None:
         prepare: Any = self.method.prepare
+        axes = {**dict.fromkeys(self.roles, 0), **dict(zip(self.roles, self.axes, strict=False))}
+        object.__setattr__(self, "additive", self.method.additive(axes))
         object.__setattr__(self, "bare", prepare.__func__ is Method.prepare.__func__)  # type: ignore[attr-defined]
 
 
