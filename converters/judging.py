@@ -26,6 +26,7 @@ from diffpeft.errors import (
 from diffpeft.methods.layout import LAYOUTS, PRODUCTS, is_scaled
 from diffpeft.methods.shapes import contradiction
 
+_DAMAGED = "The file is damaged, or was made by a program in its own way: get or export it anew."
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _ANY = (*_FLOATS, "I64", "I32", "I16", "I8", "U8", "BOOL")  # dtypes of numbers
 
@@ -43,6 +44,7 @@ def judged(places: Mapping[Place, Keyed], by: Reading) -> list[Entry]:
                     raise CheckpointError(
                         f"two layers of the file are the same rows of {shown(target)}",
                         where=f"{by.where}: {listed([other, layer])}",
+                        remedy=_DAMAGED,
                     )
             entries.append(entry)
     return entries
@@ -89,6 +91,7 @@ def _entries(layer: str, keyed: Keyed, shape: tuple[int, ...] | None, rule: Rule
         raise MissingKeysError(
             f"layer {shown(layer)} has {present} but no {listed(sorted(LAYOUTS['lora'].forms[0].needed))}",
             where=f"{where}: {key}",
+            remedy=_DAMAGED,
         )
     alpha_key, alpha = keyed.get("alpha", (layer, None))
     if alpha is not None:
@@ -111,15 +114,20 @@ def _check(layer: str, method: str, tensors: Mapping[str, Handle], where: str) -
         raise CheckpointError(
             f"layer {shown(layer)} has {listed(sorted(tensors))}, which are parts of more than one {method}",
             where=where,
+            remedy=_DAMAGED,
         )
     if lacking:
         raise MissingKeysError(
-            f"layer {shown(layer)} has {listed(sorted(tensors))} of {method} but no {listed(lacking)}", where=where
+            f"layer {shown(layer)} has {listed(sorted(tensors))} of {method} but no {listed(lacking)}",
+            where=where,
+            remedy=_DAMAGED,
         )
     if why := contradiction({role: handle.shape for role, handle in tensors.items()}):
-        raise ShapeMismatchError(f"layer {shown(layer)}: {why}", where=where)
+        raise ShapeMismatchError(f"layer {shown(layer)}: {why}", where=where, remedy=_DAMAGED)
     if any(handle.dtype not in (_ANY if role in NUMBERS else _FLOATS) for role, handle in tensors.items()):
-        raise CheckpointError(f"layer {shown(layer)} has tensors that are no floating point numbers", where=where)
+        raise CheckpointError(
+            f"layer {shown(layer)} has tensors that are no floating point numbers", where=where, remedy=_DAMAGED
+        )
 
 
 def with_alphas(entries: Sequence[Entry], alpha: float | None, by: Reading) -> list[Entry]:

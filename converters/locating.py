@@ -13,8 +13,8 @@ from urllib.parse import unquote
 
 from diffpeft.converters.formats.peft import FILE, WEIGHTS
 from diffpeft.converters.opening import Opened, components_in
-from diffpeft.errors import CheckpointError, UnreadableFileError, listed, near, one_of, shown
-from diffpeft.files import Json, present
+from diffpeft.errors import CheckpointError, UnreadableFileError, listed, one_of, shown
+from diffpeft.files import Json, near_path, present
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,8 +135,7 @@ def _remedy(path: Path) -> str:
         return (
             "A link is followed to huggingface.co only: save the file, and pass its path; or a Hub id with filename=."
         )
-    siblings = [p.name for p in path.parent.iterdir()] if os.path.isdir(path.parent) else []
-    return near(path.name, siblings) or "Check the path."
+    return near_path(path) or "Check the path."
 
 
 def _in_folder(folder: Path, filename: str | None) -> Path:

@@ -11,7 +11,7 @@ from diffpeft import io
 from diffpeft.bundle import COMPONENTS, Handle
 from diffpeft.converters.formats.peft import CONFIG, FILE, WEIGHTS
 from diffpeft.errors import CheckpointError, UnreadableFileError, inside, shown
-from diffpeft.files import Snapshot, config_text
+from diffpeft.files import Snapshot, config_text, near_path
 
 if TYPE_CHECKING:
     import torch
@@ -85,7 +85,7 @@ def _peft(files: Mapping[str, Snapshot], prefix: str, path: Path, where: str) ->
     """The weights and the config of one PEFT folder among files that were opened together."""
     weights, config = files.get(prefix + WEIGHTS), files.get(prefix + FILE)
     if weights is None:
-        raise UnreadableFileError("no such file", where=path)
+        raise UnreadableFileError("no such file", where=path, remedy=near_path(path) or "Check the path.")
     handles, metadata = io.header(weights)
     return Opened(handles, metadata | ({CONFIG: config_text(config).rstrip("\n")} if config else {}), where)
 

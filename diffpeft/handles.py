@@ -403,12 +403,14 @@ def _computed(handle_: Handle, how: Cast | Scaled, chunk: bytes | memoryview) ->
 
     tensor = torch.frombuffer(bytearray(chunk), dtype=dtype_of(handle_.parts[0]))
     if isinstance(how, Scaled):
-        return _bytes((tensor.double() * how.factor).to(dtype_of(handle_)))
-    wide = tensor if tensor.dtype == torch.float64 else tensor.float()  # half to half directly is slow
-    out = wide.to(dtype_of(handle_))
-    if not torch.stack(out.aminmax()).isfinite().all():
+        out = (tensor.double() * how.factor).to(dtype_of(handle_))
+    else:
+        wide = tensor if tensor.dtype == torch.float64 else tensor.float()  # half to half directly is slow
+        out = wide.to(dtype_of(handle_))
+    if out.numel() and not finite(torch.stack((out if out.itemsize > 1 else out.float()).aminmax())):
+        where = how.where if isinstance(how, Cast) else ""
         raise CannotConvertError(
-            f"there are values that are not finite in {out.dtype}", where=how.where, remedy="Save in a wider dtype."
+            f"there are values that are not finite in {out.dtype}", where=where, remedy="Save in a wider dtype."
         )
     return _bytes(out)
 

@@ -90,7 +90,10 @@ def _compiled(pattern: str) -> regex.Pattern[str]:
         re.compile(pattern)  # the dialect is Python's
         return regex.compile(pattern)
     except (re.error, regex.error, RecursionError, OverflowError) as error:
-        raise ConfigError(f"{shown(pattern)} is no regular expression ({error})") from error
+        raise ConfigError(
+            f"{shown(pattern)} is no regular expression ({error})",
+            remedy="Put a backslash before a character that stands for itself.",
+        ) from error
 
 
 def match(pattern: str, name: str, *, whole: bool = False) -> regex.Match[str] | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import html
-from collections.abc import Collection, Iterable, Iterator, Mapping, Set
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
 from pathlib import Path
 
 from diffpeft.errors import joined
@@ -124,9 +124,20 @@ def family_in_words(family: str, others: Iterable[str] = ()) -> str:
     return f"{family or 'unknown'} (or {', '.join(names)})" if (names := tuple(others)) else family or "unknown"
 
 
+def bytes_in_words(size: int) -> str:
+    """So many bytes for people."""
+    unit, name = next((pair for pair in ((2**30, "GiB"), (2**20, "MiB")) if size >= pair[0]), (2**10, "KiB"))
+    return f"{size / unit:.1f} {name}"
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """The ranks of layers, the smallest first, as `rank 4-16`; empty if there are none."""
+    return f"rank {ranks[0]}" + (f"-{ranks[-1]}" if ranks[-1] != ranks[0] else "") if ranks else ""
+
+
 def size_in_words(tensors: int, size: int, dtypes: Iterable[str]) -> str:
     """How much so many tensors of so many bytes are."""
-    return f"{tensors} tensors, {size / 2**20:.1f} MiB, {', '.join(dict.fromkeys(dtypes))}"
+    return f"{tensors} tensors, {bytes_in_words(size)}, {', '.join(dict.fromkeys(dtypes))}"
 
 
 def keys_in_words(keys: Iterable[str]) -> str:

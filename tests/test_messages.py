@@ -141,3 +141,21 @@ def test_what_is_done_is_said_on_the_logger_and_printed_nowhere(tmp_path, caplog
         assert any(text.startswith(begin) for text in said), (begin, said)
     assert all(len(text) < 400 and "\n" not in text for text in said)
     assert capsys.readouterr() == ("", "")
+
+
+ANSWERED = ("diffpeft/tools", "diffpeft/drawing", "diffpeft/cli")  # folders whose every error says what to do
+
+
+def without_remedy(text: str) -> list[int]:
+    """The lines on which an error of ours is raised that does not say what to do."""
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, Exception)}
+    calls = (node.exc for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Raise))
+    ours = (call for call in calls if isinstance(call, ast.Call) and ast.unparse(call.func) in kinds)
+    return [call.lineno for call in ours if not any(word.arg == "remedy" for word in call.keywords)]
+
+
+def test_what_commands_refuse_has_a_remedy():
+    files = [path for path in FILES if path.relative_to(ROOT).as_posix().startswith(ANSWERED)]
+    lines = {path.name: without_remedy(path.read_text(encoding="utf-8")) for path in files}
+    assert len(files) > 40 and not {name: numbers for name, numbers in lines.items() if numbers}
+    assert without_remedy("raise ConfigError('no', where=1)") == [1]

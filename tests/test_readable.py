@@ -10,6 +10,7 @@ import pickle
 import re
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import diffpeft
 from diffpeft import converters
 from diffpeft.cli import cli
 from diffpeft.pipeline.open import open_pipeline
-from diffpeft.readable import Readable, Residuals, brief, words
+from diffpeft.readable import Readable, Residuals, brief, bytes_in_words, ranks_in_words, words
 from diffpeft.train.run import TrainRun
 
 MOST = 300
@@ -155,3 +156,24 @@ def test_results_of_the_demos_adapter_are_short_and_read_as_inspect_does(tmp_pat
     for line in str(converters.read(file)).splitlines()[1:]:
         assert rows[line[2:19]] == line[20:]  # a Bundle says it in the same words
     assert str(converters.read(file)).splitlines()[0] == file
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0.0 KiB"), (400, "0.4 KiB"), (31744, "31.0 KiB"), (3 << 19, "1.5 MiB"), (5 << 29, "2.5 GiB")],
+)
+def test_bytes_in_words(size, text):
+    assert bytes_in_words(size) == text
+
+
+def test_no_size_of_a_file_is_told_another_way():
+    """A file of a few kilobytes is not 0.0 MiB. Of training, memory is told by its own words."""
+    files = [
+        p for p in Path(diffpeft.__file__).parent.rglob("*.py") if p.name != "readable.py" and "train" not in p.parts
+    ]
+    assert not [p.name for p in files if "/ 2**20" in p.read_text(encoding="utf-8")]
+
+
+@pytest.mark.parametrize(("ranks", "text"), [((), ""), ((4,), "rank 4"), ((2, 6), "rank 2-6"), ((4, 4), "rank 4")])
+def test_ranks_in_words(ranks, text):
+    assert ranks_in_words(ranks) == text

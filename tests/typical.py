@@ -47,8 +47,8 @@ def draws(pipe: Any) -> None:
     with diffpeft.adapters(pipe, mixes):
         pass
     texts = {"a": "0.8"}
-    diffpeft.set_adapters(pipe, texts)  # type: ignore[dict-item]
-    diffpeft.set_adapters(pipe, {"a": "0.8"})  # type: ignore[call-overload]
+    diffpeft.set_adapters(pipe, texts)  # type: ignore[arg-type]
+    diffpeft.set_adapters(pipe, {"a": "0.8"})  # type: ignore[dict-item]
     diffpeft.set_adapters(pipe, 0.8)  # type: ignore[call-overload]
 
     assert_type(diffpeft.get_adapters(pipe), dict[str, AdapterStatus])

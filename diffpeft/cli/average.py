@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from diffpeft.cli.options import overwriting
+from diffpeft.cli.options import Finite, overwriting
 
 
 @click.command()
@@ -14,6 +14,7 @@ from diffpeft.cli.options import overwriting
 @click.option("-o", "--out", required=True, type=click.Path(file_okay=False), help="Folder for the results.")
 @click.option(
     "--width",
+    type=Finite(),
     default=0.1,
     show_default=True,
     help="How far back it reaches: the deviation of the weights over the steps, up to 0.28, where all states count alike.",

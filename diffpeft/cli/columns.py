@@ -15,8 +15,3 @@ def columns(rows: Sequence[Sequence[str]]) -> list[str]:
     """A line a row, its texts under each other; the last of a row is as long as it is."""
     widths = [max((len(row[n]) for row in rows if n < len(row) - 1), default=0) for n in range(max(map(len, rows)))]
     return ["  ".join(f"{text:{width}}" for text, width in zip(row, widths, strict=False)).rstrip() for row in rows]
-
-
-def sized(n: int) -> str:
-    """Bytes for people."""
-    return f"{n / 2**30:.1f} GiB" if n >= 2**30 else f"{n / 2**20:.1f} MiB" if n >= 2**20 else f"{n / 2**10:.1f} KiB"

@@ -65,11 +65,13 @@ def _interrupted(error: BaseException) -> int:
 
 
 def _show_usage(error: click.ClickException) -> None:
-    """An argument that the command line does not understand; for an option that there is not, with what it is called here."""
-    from diffpeft.cli.options import unknown_option
+    """An argument that the command line does not understand, as any other error: with the near matches, and what it is called here."""
+    from diffpeft.cli.options import misunderstood, unknown_option
 
     if isinstance(error, click.NoSuchOption):
         show(unknown_option(error))
+    elif isinstance(error, click.UsageError) and error.ctx:
+        show(misunderstood(error, error.ctx))
     else:
         error.show()
 

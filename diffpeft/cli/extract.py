@@ -7,7 +7,7 @@ import click
 from diffpeft.cli.completion import completed, family_names
 from diffpeft.cli.convert import WRITTEN
 from diffpeft.cli.merge import show_errors
-from diffpeft.cli.options import overwriting
+from diffpeft.cli.options import Finite, overwriting
 
 
 @click.command()
@@ -32,7 +32,9 @@ from diffpeft.cli.options import overwriting
 )
 @click.option("-r", "--rank", type=int, help="Of each layer's LoRA. Default: 16.")
 @click.option(
-    "--energy", type=float, help="Instead of a rank: the share of each difference's squared norm to keep, such as 0.95."
+    "--energy",
+    type=Finite(),
+    help="Instead of a rank: the share of each difference's squared norm to keep, such as 0.95.",
 )
 @click.option("--factor", default=8, show_default=True, help="Of a LoKr: the size of its first factor.")
 @click.option(

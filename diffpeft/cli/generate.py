@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Unpack
 import click
 
 from diffpeft.cli.completion import completed
-from diffpeft.cli.options import overwriting
+from diffpeft.cli.options import Finite, overwriting
 from diffpeft.drawing.opening import DEVICES, QUANTIZED
 from diffpeft.drawing.samplers import SAMPLERS
 
@@ -49,7 +49,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 )
 @click.option("--mask", type=_FILE, help="Where --image is drawn over: where this picture is white.")
 @click.option(
-    "--strength", type=float, help="How much of --image is drawn anew: above 0, to 1. Default: the pipeline's."
+    "--strength", type=Finite(), help="How much of --image is drawn anew: above 0, to 1. Default: the pipeline's."
 )
 @click.option(
     "--lora",
@@ -80,7 +80,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @click.option("--batch", type=click.IntRange(min=1), default=4, show_default=True, help="Pictures at once, at most.")
 @click.option("--steps", type=click.IntRange(min=1), default=25, show_default=True, help="Denoising steps.")
 @click.option(
-    "--guidance", type=float, help="Guidance scale. Default: 4 for the embedded base, else the pipeline's own."
+    "--guidance", type=Finite(), help="Guidance scale. Default: 4 for the embedded base, else the pipeline's own."
 )
 @click.option("--width", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
 @click.option("--height", type=click.IntRange(min=8), help="In pixels. Default: the model's.")
@@ -108,7 +108,7 @@ _FILE = click.Path(exists=True, dir_okay=False)
 @click.option("--quantize", type=click.Choice(QUANTIZED), help="Hold the denoiser in few bits; nf4 needs bitsandbytes.")
 @click.option(
     "--offload",
-    type=click.FloatRange(0, 1),
+    type=Finite(0, 1),
     default=0.0,
     help="Share of the denoiser's blocks that live in the host's memory; text encoders then do as well.",
 )

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffpeft.cli.columns import columns, printed, sized
+from diffpeft.cli.columns import columns, printed
 from diffpeft.cli.options import overwriting
+from diffpeft.readable import bytes_in_words, ranks_in_words
 
 if TYPE_CHECKING:
     from diffpeft.tools.listing import AdapterRow
@@ -64,11 +65,7 @@ def _texts(row: AdapterRow, folder: Path) -> list[str]:
     name = str(path.relative_to(folder)) if folder in path.parents else path.name
     if row.error:
         return [printed(name), f"! {printed(row.error)}"]
-    ranks = f"rank {_range(row.ranks)}" if row.ranks else ""
+    ranks, size = ranks_in_words(row.ranks), bytes_in_words(row.size)
     words = f"words: {printed(', '.join(row.trigger_words), WORDS)}" if row.trigger_words else ""
     picture = "picture" if row.thumbnail else ""
-    return [printed(name), row.family or "unknown", "+".join(row.methods), ranks, sized(row.size), picture, words]
-
-
-def _range(numbers: tuple[int, ...]) -> str:
-    return str(numbers[0]) if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+    return [printed(name), row.family or "unknown", "+".join(row.methods), ranks, size, picture, words]

@@ -8,7 +8,7 @@ import click
 
 from diffpeft.cli.completion import completed, family_names
 from diffpeft.cli.convert import WRITTEN
-from diffpeft.cli.options import overwriting
+from diffpeft.cli.options import Finite, overwriting
 from diffpeft.drawing.plan import weighted
 
 HOW = (
@@ -39,7 +39,11 @@ _LISTED = 10  # layers in the table without --all
     "-r", "--rank", type=int, help="The most ranks of a layer. Default: of what cuts, the largest among the files."
 )
 @click.option(
-    "--density", default=0.5, show_default=True, help="The share of entries that ties, dare and magnitude keep."
+    "--density",
+    type=Finite(),
+    default=0.5,
+    show_default=True,
+    help="The share of entries that ties, dare and magnitude keep.",
 )
 @click.option("--seed", default=0, show_default=True, help="Of what dare leaves out.")
 @click.option("--format", "format_", shell_complete=completed(WRITTEN), help="Of OUT. Default: that of the first file.")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import Field, dataclass, fields
 from pathlib import Path
@@ -10,8 +13,8 @@ from typing import Any, Generic
 import click
 
 from diffpeft.cli.completion import completions
-from diffpeft.errors import ConfigError, UnknownNameError, near, shown
-from diffpeft.files import Json
+from diffpeft.errors import ConfigError, UnknownNameError, listed, near, shown
+from diffpeft.files import Json, near_path
 from diffpeft.train.checkpoints import LATEST
 from diffpeft.train.config import PATHS, AnyOptions, Options
 from diffpeft.train.config_files import Said, data_pairs, said_by, said_in
@@ -21,7 +24,7 @@ from diffpeft.train.resume import remembered
 from diffpeft.train.translation import key_of
 
 _SHORT = {"model": "-m", "data": "-d", "out": "-o", "rank": "-r"}
-_TYPES = {"int": int, "float": float, "str": str}
+_TYPES = {"int": int, "float": float, "str": str}  # that they are finite is checked with the other fields
 Command = Callable[..., int | None]
 
 
@@ -55,6 +58,30 @@ def place_options(command: Command) -> Command:
     return command
 
 
+class Finite(click.FloatRange):
+    """A number, and neither NaN nor infinite."""
+
+    def convert(self, value: object, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """The number of a text."""
+        number = float(super().convert(value, param, ctx))  # type: ignore[arg-type]  # click's own signature is too narrow
+        if not math.isfinite(number):
+            self.fail(f"{value!r} is no finite number", param, ctx)
+        return number
+
+
+class NegativeLast(click.Command):
+    """A command whose last argument is a number that may be negative: -0.5 is no option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Parse, with the number behind the `--` that ends options."""
+        numbers = [word for word in args if _NEGATIVE.fullmatch(word)]
+        others = [word for word in args if word not in numbers]
+        return super().parse_args(ctx, [*others, "--", *numbers] if numbers and "--" not in args else args)
+
+
+_NEGATIVE = re.compile(r"-\.?\d[\w.+-]*")
+
+
 def overwriting(command: Command) -> Command:
     """The option without which no command replaces what is there."""
     return click.option("--overwrite", is_flag=True, help="Replace the output if it is there already.")(command)
@@ -74,6 +101,37 @@ def unknown_option(error: click.NoSuchOption) -> UnknownNameError:
         close = close.replace(f"'{name}'", flag)
     help_ = f"diffpeft {command.name if command else ''} --help lists them."
     return UnknownNameError(f"no option {error.option_name}", remedy=called or close or help_)
+
+
+def misunderstood(error: click.UsageError, ctx: click.Context) -> ConfigError:
+    """What click says of an argument, with the near matches of a command, a choice or a path that there is not."""
+    param = error.param if isinstance(error, click.BadParameter) else None
+    kind = param.type if param else None
+    quoted = _QUOTED.search(error.message)
+    value, close = quoted[1] if quoted else "", ""
+    if isinstance(kind, click.Choice):
+        close = near(value, map(str, kind.choices))
+    elif isinstance(kind, click.Path):
+        close = _file_inside(value, isinstance(param, click.Argument)) if os.path.isdir(value) else near_path(value)
+    elif isinstance(ctx.command, click.Group):
+        close = near(value, ctx.command.commands)
+    what = error.format_message().partition(". Did you mean")[0].rstrip(".")
+    what = re.sub(r"^Invalid value for (.*?): (.)", lambda m: f"{m[1].replace(chr(39), '')}: {m[2].lower()}", what)
+    what = re.sub(r"^(Missing \w+) '(.*?)'$", r"\1 \2", what)
+    what = what if isinstance(error, click.BadParameter) and what[:7] != "Missing" else what[:1].lower() + what[1:]
+    help_ = f"{ctx.command_path} --help says what there is."
+    return ConfigError(what, remedy=f"{close} {help_}".strip())
+
+
+_QUOTED = re.compile(r"'([^']*)'")
+
+
+def _file_inside(folder: str, adapter: bool) -> str:
+    """What to do about a folder where a file is asked for, of an adapter or another one."""
+    names = sorted(
+        os.path.join(folder, name) for name in os.listdir(folder) if name.endswith(".safetensors") and adapter
+    )
+    return f"Give a file: {listed(names, 3)}." if names else "Give a file."
 
 
 def options_of(kind: type[Options], only: Collection[str] | None = None) -> Callable[[Command], Command]:

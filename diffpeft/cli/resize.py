@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from diffpeft.cli.columns import columns, sized
+from diffpeft.cli.columns import columns
 from diffpeft.cli.completion import family_names
-from diffpeft.cli.options import overwriting
+from diffpeft.cli.options import Finite, NegativeLast, overwriting
 
 if TYPE_CHECKING:
     from diffpeft.tools.resizing import ResizeReport
@@ -20,7 +20,7 @@ _LISTED = 10  # layers in the table without --all
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("out", metavar="OUT", type=click.Path())
 @click.option("-r", "--rank", type=int, help="The most that a layer has.")
-@click.option("--energy", type=float, help="The share of each layer's squared norm to keep, such as 0.95.")
+@click.option("--energy", type=Finite(), help="The share of each layer's squared norm to keep, such as 0.95.")
 @click.option("--max-size", help="Of the file, such as 50MB or 48MiB: ranks go where they keep most.")
 @click.option(
     "--family", shell_complete=family_names, help="What the adapter is for, if that is not what it looks like."
@@ -58,6 +58,7 @@ def resize(
 def _show(report: ResizeReport, all_: bool) -> None:
     """A table of the layers that lose most, and what became of the others."""
     from diffpeft.errors import joined
+    from diffpeft.readable import bytes_in_words
 
     layers = sorted(report.energy, key=lambda layer: report.energy[layer])
     rows = [("before", "after", "energy kept", "layer")] + [
@@ -75,14 +76,16 @@ def _show(report: ResizeReport, all_: bool) -> None:
     for why in dict.fromkeys(report.unchanged.values()):
         same = [layer for layer, reason in report.unchanged.items() if reason == why]
         click.echo(f"{len(same)} layers stay as they are ({why}): {joined(same, 3)}")
-    click.echo(f"{sized(report.size_before)} to {sized(report.size)}, {report.kept_energy:.4f} of the energy kept")
+    click.echo(
+        f"{bytes_in_words(report.size_before)} to {bytes_in_words(report.size)}, {report.kept_energy:.4f} of the energy kept"
+    )
     click.echo(report.path)
 
 
-@click.command()
+@click.command(cls=NegativeLast)
 @click.argument("source", metavar="IN", type=click.Path())
 @click.argument("out", metavar="OUT", type=click.Path())
-@click.argument("by", metavar="BY", type=float)
+@click.argument("by", metavar="BY", type=Finite())
 @click.option(
     "--family", shell_complete=family_names, help="What the adapter is for, if that is not what it looks like."
 )

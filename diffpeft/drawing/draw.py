@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
@@ -129,13 +130,20 @@ def _check(pipe: Pipeline, shot: Shot) -> None:
         raise ConfigError(f"a {name} takes no {lacking}", where=shot.where, remedy="Leave it out: it would do nothing.")
     if over and len(shot.images) != 1:
         raise ConfigError(f"a {name} draws over one picture, and has {len(shot.images)}", remedy="Pass --image once.")
+    _check_numbers(shot)
+    _check_sides(pipe, shot)
+
+
+def _check_numbers(shot: Shot) -> None:
+    """Raise ConfigError for a strength of drawing over that is no share, or a guidance that is not finite."""
     if shot.strength is not None and not 0 < shot.strength <= 1:
         raise ConfigError(
             f"strength is {shot.strength:g}",
             where=shot.where,
             remedy="It is above 0, and at most 1: all is drawn anew.",
         )
-    _check_sides(pipe, shot)
+    if not all(math.isfinite(number) for number in (shot.guidance or 0, shot.cfg or 0)):
+        raise ConfigError("the guidance is no finite number", where=shot.where, remedy="Give a number, such as 4.")
 
 
 def _check_sides(pipe: Pipeline, shot: Shot) -> None:
@@ -229,7 +237,9 @@ def _told(shot: Shot) -> Iterator[None]:
     except ValueError as error:
         if isinstance(error, DiffpeftError):
             raise
-        raise ConfigError(f"the pipeline refuses: {error}", where=shot.where) from error
+        raise ConfigError(
+            f"the pipeline refuses: {error}", where=shot.where, remedy="Give this prompt other settings."
+        ) from error
 
 
 def _drawn(pipe: Pipeline, shots: Sequence[Shot]) -> list[Image]:

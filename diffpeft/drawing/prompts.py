@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from diffpeft.errors import ConfigError, UnknownNameError, shown
-from diffpeft.files import Json
+from diffpeft.files import Json, near_path
 
 
 @dataclass(frozen=True)
@@ -145,7 +145,11 @@ def read(path: Path) -> list[SamplePrompt]:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except OSError as error:
-        raise ConfigError(f"cannot read the file of prompts: {error.strerror}", where=path) from error
+        raise ConfigError(
+            f"cannot read the file of prompts: {error.strerror}",
+            where=path,
+            remedy=near_path(path) or "Check the path.",
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError("the file of prompts is no UTF-8 text", where=path, remedy="Save it as UTF-8.") from error
     rows = _TABLES.get(path.suffix.lower())
@@ -183,7 +187,9 @@ def _json_rows(text: str, path: Path) -> list[Line]:
     try:
         rows = json.loads(text)
     except ValueError as error:
-        raise ConfigError(f"the file of prompts is no JSON ({error})", where=path) from error
+        raise ConfigError(
+            f"the file of prompts is no JSON ({error})", where=path, remedy='It is ["a prompt", {"prompt": "..."}].'
+        ) from error
     if not isinstance(rows, list):
         raise ConfigError("the file of prompts is no list", where=path, remedy='It is ["a prompt", {"prompt": "..."}].')
     return [(f"prompt {number}", row) for number, row in enumerate(rows, 1)]
@@ -194,7 +200,11 @@ def _toml_rows(text: str, path: Path) -> list[Line]:
     try:
         table = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"the file of prompts is no TOML ({error})", where=path) from error
+        raise ConfigError(
+            f"the file of prompts is no TOML ({error})",
+            where=path,
+            remedy='It has [[prompt]], with prompt = "..." below.',
+        ) from error
     said = table.get("prompt")
     if isinstance(said, dict):
         common = {name: value for name, value in said.items() if name != "subset"}

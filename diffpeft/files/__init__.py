@@ -2,7 +2,7 @@
 
 from diffpeft.files.commits import folder, replacing
 from diffpeft.files.outputs import refuse_existing
-from diffpeft.files.snapshots import Snapshot, config_text, present, together
+from diffpeft.files.snapshots import Snapshot, config_text, near_path, present, together
 from diffpeft.files.tables import MAX_CONFIG, MAX_ITEMS, Json, config_in, parsed, unreadable
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "config_in",
     "config_text",
     "folder",
+    "near_path",
     "parsed",
     "present",
     "refuse_existing",

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from diffpeft.errors import UnreadableFileError
+from diffpeft.errors import UnreadableFileError, near
 from diffpeft.files.tables import MAX_CONFIG, unreadable
 
 Seen = TypeVar("Seen")
@@ -43,6 +43,15 @@ def _unlocked() -> None:
 
 
 os.register_at_fork(after_in_child=_unlocked)  # another thread may have held it
+
+
+def near_path(path: str | os.PathLike[str]) -> str:
+    """`Did you mean 'x'?` for what lies beside the first part of a path that is missing, or nothing."""
+    missing = Path(path)
+    while missing.parent != missing and not missing.parent.exists():
+        missing = missing.parent
+    siblings = os.listdir(missing.parent) if os.access(missing.parent, os.R_OK) and missing.parent.is_dir() else []
+    return near(missing.name, siblings)
 
 
 class Snapshot:
@@ -70,7 +79,7 @@ class Snapshot:
         path = Path(path)
         snapshot = opened(path)
         if snapshot is None:
-            raise UnreadableFileError("no such file", where=path)
+            raise UnreadableFileError("no such file", where=path, remedy=near_path(path) or "Check the path.")
         return snapshot
 
     @property

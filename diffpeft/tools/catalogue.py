@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from diffpeft.files import refuse_existing, replacing
+from diffpeft.readable import bytes_in_words, ranks_in_words
 from diffpeft.tools.listing import THUMBNAIL, AdapterRow, embedded
 
 SIDE = 320  # pixels of a picture, at most
@@ -47,8 +48,9 @@ def _card(row: AdapterRow) -> str:
     picture = _picture(row)
     shown = f'<img src="{picture}" alt="" loading="lazy">' if picture else '<div class="none"></div>'
     name = html.escape(row.title or Path(row.path).name.removesuffix(".safetensors"))
+    facts = [row.family or "unknown family", "+".join(row.methods), ranks_in_words(row.ranks), bytes_in_words(row.size)]
     lines = [
-        f"{row.family or 'unknown family'}, {'+'.join(row.methods)}, {row.layers} layers, {row.size / 2**20:.1f} MiB",
+        ", ".join(filter(None, facts)),
         "Trigger words: " + ", ".join(row.trigger_words) if row.trigger_words else "",
         row.path,
     ]

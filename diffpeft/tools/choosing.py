@@ -74,5 +74,7 @@ def read(source: str, family: str | None) -> Bundle:
 
     bundle = converters.read(located(source), family=family)
     if not bundle.entries:
-        raise ConfigError("there is no layer in it", where=source)
+        raise ConfigError(
+            "there is no layer in it", where=source, remedy="Give an adapter: diffpeft inspect says what a file is."
+        )
     return bundle

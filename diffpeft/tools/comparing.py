@@ -135,7 +135,8 @@ def diff(
         )
     layers, left_out = _compared(by_layer[0], by_layer[1], _Base(model))
     if not layers:
-        raise ConfigError(f"no layer can be compared: {next(iter(left_out.values()))}", where=f"{a}, {b}")
+        what, remedy = f"no layer can be compared: {next(iter(left_out.values()))}", "Give the base: -m (model=)."
+        raise ConfigError(what, where=f"{a}, {b}", remedy=remedy)
     blocks: dict[str, list[Likeness]] = {}
     for layer, likeness in layers.items():
         blocks.setdefault(block_of(layer), []).append(likeness)

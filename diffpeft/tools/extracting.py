@@ -15,7 +15,15 @@ from diffpeft import converters, io
 from diffpeft.bundle import Bundle, Entry, Handle
 from diffpeft.converters.conversion import dtype_named
 from diffpeft.converters.formats import FORMATS
-from diffpeft.errors import ConfigError, ShapeMismatchError, UnknownNameError, WrongBaseError, inside, shown
+from diffpeft.errors import (
+    ConfigError,
+    NonFiniteError,
+    ShapeMismatchError,
+    UnknownNameError,
+    WrongBaseError,
+    inside,
+    shown,
+)
 from diffpeft.files import refuse_existing
 from diffpeft.methods.config import check_choice
 from diffpeft.methods.layout import BIAS
@@ -192,7 +200,7 @@ def _dtype(weight: Handle) -> torch.dtype:
 
 
 def _difference(base: Handle, tuned: Handle) -> Tensor | None:
-    """tuned - base in fp32 or better; None if they are equal. Raises ShapeMismatchError, or ConfigError for weights that are not numbers."""
+    """tuned - base in fp32 or better; None if they are equal. Raises ShapeMismatchError, NonFiniteError, or ConfigError for weights that are quantised."""
     if base.shape != tuned.shape:
         raise ShapeMismatchError(
             f"the base has {base.shape}, the tuned model {tuned.shape}", remedy="The models are of different sizes."
@@ -203,7 +211,12 @@ def _difference(base: Handle, tuned: Handle) -> Tensor | None:
     wide = torch.promote_types(torch.promote_types(before.dtype, after.dtype), torch.float32)
     D = after.to(wide)
     D = D.sub_(before) if D.data_ptr() != after.data_ptr() or tuned.tensor is None else D - before
-    return D if float(torch.linalg.vector_norm(D, math.inf)) else None
+    largest = float(torch.linalg.vector_norm(D, math.inf))
+    if not math.isfinite(largest):
+        raise NonFiniteError(
+            "the base or the tuned model has values that are not finite", remedy="Get the file anew: it is damaged."
+        )
+    return D if largest else None
 
 
 def _full(entry: Entry, D: Tensor | None, shift: Tensor | None, dtype: torch.dtype) -> Extracted | None:

@@ -35,6 +35,7 @@ from diffpeft.tools.updates import (
     B_BIAS,
     Summand,
     bent,
+    check_finite,
     full_entry,
     hides_kernel,
     lora_entry,
@@ -282,8 +283,9 @@ def _side_by_side(weighted: WeightedEntries, dtype: torch.dtype) -> Merged:
             continue
         downs.append(A)
         ups.append(io.scaled(B, factor))
-        exact = factor * io.load([entry.tensors["lora_B"]])[0].double().flatten(1)
-        down = io.load([entry.tensors["lora_A"]])[0].double().flatten(1)
+        down, up = (t.double().flatten(1) for t in io.load(entry.tensors[role] for role in ("lora_A", "lora_B")))
+        check_finite(entry, [down, up])
+        exact = factor * up
         pairs.append((down, exact))
         roundings.append((down, io.load([ups[-1]])[0].double().flatten(1) - exact))
     layer = weighted[0][1]

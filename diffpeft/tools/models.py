@@ -186,7 +186,9 @@ def _as_adapter(tensors: Mapping[str, Handle], family: str | None, where: str) -
     """The weights of a model, its layers named as those of an adapter that has all of them."""
     matrices = {key.removesuffix(".weight"): h for key, h in tensors.items() if _is_layer(key, h)}
     if not matrices:
-        raise CheckpointError("there is no weight of a layer in it", where=where)
+        raise CheckpointError(
+            "there is no weight of a layer in it", where=where, remedy="Give the file of a model, not of an adapter."
+        )
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for name, handle in matrices.items():
         component, layer = parted(name)

@@ -42,10 +42,10 @@ def rewrite(bundle: Bundle, changes: Changes, out: str | os.PathLike[str], *, ov
         converters.write(
             changed, out, format=bundle.format, finish=lambda draft: _finished(draft, metadata), overwrite=overwrite
         )
-    except CannotConvertError:
+    except CannotConvertError as refusal:
         if FORMATS[bundle.format].folder or not Path(bundle.source).is_file():
             raise
-        _write_by_keys(bundle, changes, gone, out, overwrite)
+        _write_by_keys(bundle, changes, gone, out, overwrite, refusal)
 
 
 def _config(bundle: Bundle, after: Sequence[Entry], dropped: bool) -> dict[str, str]:
@@ -70,9 +70,17 @@ def _finished(draft: Draft, before: Mapping[str, str]) -> Draft:
 
 
 def _write_by_keys(
-    bundle: Bundle, changes: Changes, gone: set[str], out: str | os.PathLike[str], overwrite: bool
+    bundle: Bundle,
+    changes: Changes,
+    gone: set[str],
+    out: str | os.PathLike[str],
+    overwrite: bool,
+    refusal: CannotConvertError,
 ) -> None:
-    """Write the file's own tensors by their keys, those of changed entries as they are now. Raises CannotConvertError for a change without a key."""
+    """Write the file's own tensors by their keys, those of changed entries as they are now.
+
+    Raises CannotConvertError for a change without a key, with what the format's own way was refused for.
+    """
     refuse_existing([out], overwrite)
     tensors, metadata = io.header(bundle.source)
     places = {(handle.start, handle.end): key for key, handle in tensors.items()}
@@ -81,10 +89,10 @@ def _write_by_keys(
             key = None if old is None else places.get((old.start, old.end))
             if key is None:
                 raise CannotConvertError(
-                    f"the file has no place of its own for the {role} of {shown(before.layer)}",
-                    where=bundle.source,
-                    remedy="Convert it to kohya first.",
-                )
+                    f"the file has no place of its own for the {role} of {shown(before.layer)}, and {refusal.what}",
+                    where=f"{bundle.source}: {refusal.where}",
+                    remedy=f"Convert it first. {refusal.remedy}",
+                ) from refusal
             tensors[key] = io.reshaped(new, tensors[key].shape)
     staying = {key: handle for key, handle in tensors.items() if key not in gone}
     if any(key.startswith(HASHES) for key in metadata):

@@ -18,6 +18,7 @@ from diffpeft.methods.layout import BIAS, LAYOUTS, is_scaled
 from diffpeft.methods.shapes import rank
 
 FACTORS = "ia3_l"  # what is there is multiplied by these, so that 1 changes nothing
+_LEAST, _MOST = 2.0**-126, (2 - 2.0**-23) * 2.0**127  # what float32 holds with all its digits
 
 
 def scaled(entry: Entry, by: float, *, in_alpha: bool = True) -> Entry:
@@ -26,7 +27,8 @@ def scaled(entry: Entry, by: float, *, in_alpha: bool = True) -> Entry:
     Args:
         entry: one method on one layer; nothing of it is read but alphas.
         by: any finite number. A negative one turns the sign of a factor, not of the alpha, which other programs take to be positive.
-        in_alpha: whether a method that has a scale says the number in its alpha; else it goes into a factor, in its dtype.
+        in_alpha: whether a method that has a scale says the number in its alpha; else it goes into a factor, in its dtype. So does one that makes an
+            alpha of 0 (sd-scripts takes that for the rank), or one that float32 cannot hold.
 
     Returns an entry of the same method, roles, shapes and dtypes (but for an alpha, which becomes float32).
 
@@ -43,6 +45,7 @@ def scaled(entry: Entry, by: float, *, in_alpha: bool = True) -> Entry:
             remedy="Set its strength where it is used, or leave the layer out.",
         )
     layout = LAYOUTS[entry.method]
+    in_alpha = in_alpha and (not _alpha_times(entry, 1) or _LEAST <= abs(_alpha_times(entry, by)) <= _MOST)
     by_alpha = in_alpha and is_scaled(entry.method, entry.tensors) and (layout.patterns or not layout.peft)
     if "scale" in entry.options:  # a LoKr of two whole halves of PEFT's, whose alpha counts
         return _with_scale(entry, by) if in_alpha else _multiplied(entry, by, layout.linear | {BIAS})
@@ -67,10 +70,15 @@ def _with_scale(entry: Entry, by: float) -> Entry:
     )
 
 
-def _alpha(entry: Entry, by: float) -> Handle | float:
-    """The entry's alpha times a number: stored where it was stored, of the same axes, in float32 or better. One that is missing is the rank."""
+def _alpha_times(entry: Entry, by: float) -> float:
+    """The entry's alpha times a number. One that is missing is the rank, and 1 of a method without ranks."""
     alpha = io.number(entry.alpha)
-    value = (float(rank(entry.shapes)) if alpha is None else alpha) * by
+    return (float(rank(entry.shapes) or 1) if alpha is None else alpha) * by
+
+
+def _alpha(entry: Entry, by: float) -> Handle | float:
+    """The entry's alpha times a number: stored where it was stored, of the same axes, in float32 or better."""
+    value = _alpha_times(entry, by)
     if not isinstance(entry.alpha, Handle):
         return value
     dtype, code = ("F64", "<d") if entry.alpha.dtype == "F64" else ("F32", "<f")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,7 @@ from torch import Tensor
 from diffpeft import io
 from diffpeft.bundle import Entry, Handle, parted
 from diffpeft.definition import definition_of
-from diffpeft.errors import CannotConvertError, ConfigError, shown
+from diffpeft.errors import CannotConvertError, ConfigError, NonFiniteError, shown
 from diffpeft.methods import METHODS
 from diffpeft.methods.config import check_rank
 from diffpeft.methods.layout import BIAS, LAYOUTS, MAGNITUDES, inner
@@ -69,8 +70,20 @@ def bent(entry: Entry) -> str:
     return ""
 
 
+def check_finite(entry: Entry, tensors: Iterable[Tensor]) -> None:
+    """Raise NonFiniteError for tensors of an entry, or an alpha, that are not all numbers: nothing can be computed from these."""
+    if all(map(io.finite, tensors)) and math.isfinite(io.number(entry.alpha) or 0.0):
+        return
+    files = sorted(str(file.path) for handle in entry.tensors.values() for file in io.files_of(handle))
+    raise NonFiniteError(
+        "there are values that are not finite",
+        where=": ".join([*files[:1], shown(entry.layer)]),
+        remedy="The file is damaged: diffpeft verify lists its layers. Leave them out with diffpeft prune, or get the file anew.",
+    )
+
+
 def update_of(entry: Entry) -> Summand:
-    """What an entry adds to its layer. Raises CannotConvertError for one whose change depends on the weight."""
+    """What an entry adds to its layer. Raises CannotConvertError for one whose change depends on the weight, NonFiniteError for NaN and Inf."""
     if why := bent(entry):
         raise CannotConvertError(
             f"{entry.method} cannot be added to others: {why}",
@@ -78,11 +91,13 @@ def update_of(entry: Entry) -> Summand:
             remedy="Load the adapters onto their model: set_adapters mixes any of them, diffpeft.to_lora and diffpeft.combine make a LoRA there.",
         )
     shift = io.load([entry.tensors[BIAS]])[0].double().flatten() if BIAS in entry.tensors else None
+    check_finite(entry, [] if shift is None else [shift])
     if not {*entry.tensors} - {BIAS}:
         assert shift is not None
         return Summand((len(shift),), shift=shift)
     definition = definition_of(entry)
     method, (_, p, spec) = definition.additive, definition
+    check_finite(entry, p.values())
     assert method is not None
     g = spec.geometry
     if (more := method.bias(None, p, spec)) is not None:

@@ -108,6 +108,7 @@ def test_the_page_loads_nothing_and_says_all(folder):
     catalogue(list_adapters(folder, recursive=True), out)
     text = out.read_text()
     assert text.count("<article>") == len(FORMATS) + len(BAD) + 1
+    assert "rank 1-7, " in text and " KiB" in text
     assert "<b>" not in text and "&lt;b&gt;" in text  # a title from a file is text
     assert PIXEL in text and "data:image/jpeg;base64," in text and "http" not in text
     with pytest.raises(ConfigError, match="--overwrite"):
