@@ -144,13 +144,17 @@ if TYPE_CHECKING:
     from diffpeft.llm.status import get_model_status as get_model_status
     from diffpeft.llm.tuners import AdaLoraModel as AdaLoraModel
     from diffpeft.llm.tuners import BOFTModel as BOFTModel
+    from diffpeft.llm.tuners import C3AModel as C3AModel
+    from diffpeft.llm.tuners import DeloraModel as DeloraModel
     from diffpeft.llm.tuners import HiraModel as HiraModel
     from diffpeft.llm.tuners import HRAModel as HRAModel
     from diffpeft.llm.tuners import IA3Model as IA3Model
     from diffpeft.llm.tuners import LoHaModel as LoHaModel
     from diffpeft.llm.tuners import LoKrModel as LoKrModel
     from diffpeft.llm.tuners import LoraModel as LoraModel
+    from diffpeft.llm.tuners import MissModel as MissModel
     from diffpeft.llm.tuners import OFTModel as OFTModel
+    from diffpeft.llm.tuners import RoadModel as RoadModel
     from diffpeft.llm.tuners import VeraModel as VeraModel
     from diffpeft.methods import METHODS as METHODS
     from diffpeft.model import schedule as schedule

@@ -32,7 +32,11 @@ class Definition(NamedTuple):
         from diffpeft.methods import Additive
 
         method = self.method
-        return method if issubclass(method, Additive) and method.additive(self.tensors) else None
+        return (
+            method
+            if issubclass(method, Additive) and method.additive({role: t.dim() for role, t in self.tensors.items()})
+            else None
+        )
 
 
 def deltas(entries: Iterable[Entry], base: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -99,7 +103,7 @@ def definition_of(entry: Entry, W: torch.Tensor | None = None) -> Definition:
     _check_shared(entry, method, W)
     handles = {**{role: entry.tensors[role] for role in roles}, **{role: entry.shared[role] for role in method.shared}}
     p = {role: t.double() for role, t in zip(handles, load(handles.values()), strict=True)}
-    if W is None and not method.additive(p):
+    if W is None and not method.additive({role: t.dim() for role, t in p.items()}):
         raise ConfigError(
             f"{entry.method} on {shown(entry.layer)} changes what is there", remedy="Pass base={layer: W}."
         )

@@ -11,7 +11,7 @@ from diffpeft import io, patterns
 from diffpeft.bundle import Entry
 from diffpeft.converters.formats.schema import ALPHA as FINITE
 from diffpeft.converters.formats.schema import MAX_RANK, NOTHING, Config, whole
-from diffpeft.methods.layout import LAYOUTS
+from diffpeft.methods.layout import LAYOUTS, Layout
 from diffpeft.methods.shapes import rank
 
 _ALPHAS, _RANKS = FINITE | NOTHING, whole(0, MAX_RANK)  # what a config can say
@@ -46,24 +46,25 @@ def turned(entry: Entry, config: Config | None) -> Entry:
 
 
 def scales(
-    entries: Sequence[Entry], names: Mapping[str, str], field: str, ranks: Mapping[str, int]
+    entries: Sequence[Entry], keys: Mapping[str, str], layout: Layout, ranks: Mapping[str, int]
 ) -> dict[str, object]:
-    """r, alpha and the patterns for layers that differ from most; `names` are the layers' in the patterns. No alpha: alpha = rank.
+    """Rank, alpha and the patterns for layers that differ from most, in the fields of a method's config. No alpha: alpha = rank.
 
-    field: the config's for an alpha; empty if it has none.
+    keys: by which the patterns mean the layers.
     """
     alphas = {e.layer: float(ranks[e.layer]) if e.alpha is None else io.number(e.alpha) for e in entries}
-    r, by_rank = _with_pattern(ranks, names)
-    alpha, by_alpha = _with_pattern(alphas, names)
-    return {"r": r, "rank_pattern": by_rank, **({field: alpha, "alpha_pattern": by_alpha} if field else {})}
+    r, by_rank = _with_pattern(ranks, keys)
+    alpha, by_alpha = _with_pattern(alphas, keys)
+    fields = {layout.rank_field: r, layout.patterns: by_rank}
+    return {**fields, **({layout.alpha_field: alpha, "alpha_pattern": by_alpha} if layout.alpha_field else {})}
 
 
 def _with_pattern(
-    values: Mapping[str, float | None], names: Mapping[str, str]
+    values: Mapping[str, float | None], keys: Mapping[str, str]
 ) -> tuple[float | None, dict[str, float | None]]:
     """What most layers have, and {pattern: value} of the others."""
-    most = _commonest(values[layer] for layer in names)
-    return most, {f"^{name}": values[layer] for layer, name in names.items() if values[layer] != most}
+    most = _commonest(values[layer] for layer in keys)
+    return most, {key: values[layer] for layer, key in keys.items() if values[layer] != most}
 
 
 def _commonest(values: Iterable[float | None]) -> float | None:

@@ -126,7 +126,8 @@ def peft_magnitude(entry: Entry) -> dict[str, Handle]:
 def _config(entries: Sequence[Entry]) -> Json:
     """PEFT's fields for one component. Names start below `text_model.`: stock diffusers strips that level from keys, not from the config."""
     names = {e.layer: parted(e.layer)[1].removeprefix("text_model.") for e in entries}
-    scales = configs.scales(entries, names, "lora_alpha", configs.ranks_of(entries))
+    keys = {layer: f"^{name}" for layer, name in names.items()}
+    scales = configs.scales(entries, keys, LAYOUTS["lora"], configs.ranks_of(entries))
     return {
         **scales,
         "target_modules": sorted(names.values()),

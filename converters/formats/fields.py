@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import TypeVar, cast
 
 from diffpeft import io, patterns
 from diffpeft.bundle import Entry, parted
@@ -92,7 +92,7 @@ class Dialect:
 
     def rank(self, entry: Entry, config: Config) -> int:
         """The rank that a config gives a layer."""
-        by_layer = config.get("rank_pattern") if self.layout.patterns else None
+        by_layer = config.get(self.layout.patterns) if self.layout.patterns else None
         return int(
             patterns.first(by_layer, names_of(entry), config.get(self.layout.rank_field, self.layout.rank_default))
         )
@@ -100,11 +100,24 @@ class Dialect:
     def scales(self, entries: Sequence[Entry], ranks: Mapping[str, int]) -> Fields:
         """The fields for rank and alpha."""
         if self.layout.patterns:
-            names = {e.layer: own_name(e).replace(".", "\\.") for e in entries}
-            return configs.scales(entries, names, self.layout.alpha_field, ranks)
+            scales = configs.scales(
+                entries, {e.layer: self.layout.key(own_name(e)) for e in entries}, self.layout, ranks
+            )
+            self._refuse_ambiguous(
+                cast(Mapping[str, int], scales[self.layout.patterns]), {own_name(e): ranks[e.layer] for e in entries}
+            )
+            return scales
         if not self.layout.ranks:
             return {}
         return {self.layout.rank_field: _common(entries, "rank", lambda e: ranks[e.layer])}
+
+    def _refuse_ambiguous(self, keys: Mapping[str, int], ranks: Mapping[str, int]) -> None:
+        """Raise Unsayable where a name that has a rank of its own is the end of another's."""
+        others = [
+            name for name, r in ranks.items() if any(name.endswith(f".{key}") and r != n for key, n in keys.items())
+        ]
+        if others:
+            raise Unsayable("in PEFT a layer has the rank of one that its name ends with", others)
 
     def options(self, entries: Sequence[Entry]) -> Fields:
         """The fields that are options, of which a config has one for all layers."""
@@ -406,6 +419,41 @@ class HiraDialect(Dialect):
         return super().disagreement(entry, config) and super().disagreement(entry, one_rank)
 
 
+class MissDialect(Dialect):
+    """MiSS in one of its three forms, of which a config has one for all layers. The shapes do not tell a mini one of as many rows as the layer has."""
+
+    def fields(self, entries: Sequence[Entry]) -> Fields:
+        form = _common(entries, "form", _miss_form)
+        mini = {"mini_r": _common(entries, "mini_r", lambda e: e.shapes["miss_block"][1])} if form == "mini" else {}
+        return {**super().fields(entries), "init_weights": form, **mini}
+
+    def configured(self, entry: Entry, config: Config) -> Entry:
+        form = config.get("init_weights")
+        return replace(entry, options={"form": form}) if form in ("bat", "mini") else entry
+
+
+class RoadDialect(Dialect):
+    """RoAd, whose tensors tell the variant where a layer's size is known."""
+
+    def fields(self, entries: Sequence[Entry]) -> Fields:
+        return {**super().fields(entries), "variant": _common(entries, "variant", self._variant)}
+
+    @staticmethod
+    def _variant(entry: Entry) -> object:
+        (n,) = entry.shapes["road_theta"]
+        told = entry.options.get("variant", "road_1")
+        return told if entry.shape is None else ("road_1", "road_2", "road_4")[n // entry.shape[0]]
+
+
+def _miss_form(entry: Entry) -> object:
+    """What `init_weights` is of a MiSS in PEFT's config."""
+    shape = entry.shapes["miss_block"]
+    if len(shape) == 3:
+        return "bat"
+    other = entry.shape is not None and shape[1] != entry.shape[0]
+    return "mini" if other or entry.options.get("form") == "mini" else True
+
+
 _DIALECTS: dict[str, type[Dialect]] = {
     "lora": LoraDialect,
     "dora": LoraDialect,
@@ -416,6 +464,8 @@ _DIALECTS: dict[str, type[Dialect]] = {
     "boft": BoftDialect,
     "ia3": IA3Dialect,
     "hira": HiraDialect,
+    "miss": MissDialect,
+    "road": RoadDialect,
 }
 
 

@@ -92,7 +92,13 @@ REPLICATION = Kind(
     f"a list of at most {MAX_RANGES} pairs (first layer, end), for at most {MAX_LAYERS} layers", _is_replication
 )
 
-_WORDS = {"flag": FLAG, "count": COUNT, "number": ALPHA}  # of methods.layout.Field.kind
+_WORDS = {
+    "flag": FLAG,
+    "count": COUNT,
+    "number": ALPHA,
+    "word": WORD,
+    "numbers": by_name(ALPHA) | NOTHING,
+}  # of methods.layout.Field.kind
 _COMMON = {
     "peft_type": WORD | NOTHING,
     "task_type": WORD | NOTHING,
@@ -162,7 +168,10 @@ _ROTATIONS = {
     "boft_n_butterfly_factor": whole(0, 64),
 }
 _IA3 = {"feedforward_modules": PATTERN, "init_ia3_weights": FLAG}
+_SIZED = [layout for layout in LAYOUTS.values() if layout.patterns not in ("", "rank_pattern")]
 _METHODS = {
+    **{layout.rank_field: SIZE for layout in _SIZED},
+    **{layout.patterns: by_name(SIZE) | NOTHING for layout in _SIZED},
     **{name: SHARE for layout in LAYOUTS.values() for name in layout.dropouts if name.endswith("_dropout")},
     **{row.name: _WORDS[row.kind] for layout in LAYOUTS.values() for row in layout.fields},
 }

@@ -350,7 +350,11 @@ def stages(t: Tensor, sizes: Sequence[int], stages: Sequence[Stage], last: bool)
         others = [1 + a for a in range(len(sizes)) if a not in axes]
         order = [*others, 0, *turned] if last else [0, *others, *turned, *range(len(sizes) + 1, t.dim())]
         t = t.permute(order)
-        flat = t.reshape(len(M), -1, M.shape[1]) if last else t.reshape(shape[0], len(M), M.shape[1], -1)
+        flat = (
+            t.reshape(M.shape[0], shape[0], M.shape[1])
+            if last
+            else t.reshape(shape[0], M.shape[0], M.shape[1], math.prod(shape[2:]))
+        )
         t = (torch.bmm(flat, M) if last else M.mT @ flat).view(t.shape)
         t = t.permute([order.index(a) for a in range(t.dim())])
     return t.reshape(shape)

@@ -28,14 +28,14 @@ class Part:
     roles: tuple[str, ...]
     alpha: Handle | float | None
     spec: Spec
+    axes: tuple[int, ...] = ()  # how many each of them has
+    additive: bool = field(init=False)  # whether with these tensors it adds the same whatever the weight is
     bare: bool = field(init=False)  # whether the tensors are computed with as they are
-
-    @property
-    def additive(self) -> bool:
-        return bool(self.method.additive(self.roles))
 
     def __post_init__(self) -> None:
         prepare: Any = self.method.prepare
+        axes = {**dict.fromkeys(self.roles, 0), **dict(zip(self.roles, self.axes, strict=False))}
+        object.__setattr__(self, "additive", self.method.additive(axes))
         object.__setattr__(self, "bare", prepare.__func__ is Method.prepare.__func__)  # type: ignore[attr-defined]
 
 
@@ -139,7 +139,9 @@ class Slot(nn.Module):
         for role, tensor in (beside or {}).items():
             parameters[role] = nn.Parameter(tensor, requires_grad=trainable)
         parts = tuple(
-            [Part(METHODS[p.method], roles, p.alpha, p.spec) for p in pieces if (roles := (*p.tensors, *p.frozen))]
+            Part(METHODS[p.method], tuple(tensors), p.alpha, p.spec, tuple(t.dim() for t in tensors.values()))
+            for p in pieces
+            if (tensors := {**p.tensors, **p.frozen})
         )
         self.__dict__.update(
             parts=parts,

@@ -11,6 +11,7 @@ from diffpeft import patterns
 from diffpeft.errors import ConfigWarning, PeftWarning, UnusedPatternWarning, near, shown
 from diffpeft.llm.patches import ends_of, names_parameter, parameter_keys
 from diffpeft.methods import LoraConfig
+from diffpeft.methods.layout import PATTERNS
 from diffpeft.methods.peft_config import PeftConfig, PeftType
 from diffpeft.model.patches import parameters_of
 from diffpeft.model.target import kind_of
@@ -27,7 +28,7 @@ def warn(model: nn.Module, config: PeftConfig, layers: Mapping[str, nn.Module], 
     if config.target_parameters:
         _warn_parameters(model, config.target_parameters)
     names = [*layers, *(f"{where}.{name}" for where in patched for name in parameters_of(model.get_submodule(where)))]
-    for field in ("rank_pattern", "alpha_pattern"):
+    for field in ("alpha_pattern", *PATTERNS):
         _warn_patterns(field, _patterns(config, field), names)
     if isinstance(config, LoraConfig) and config.lora_bias and config.peft_type == PeftType.LORA:
         _warn_biases(layers.values())

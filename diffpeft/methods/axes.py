@@ -30,7 +30,7 @@ class Form:
     Args:
         axes: {role: its axes}.
         optional: the roles that may be left out.
-        products: {letter: the two whose product it is}, the second of which follows from the first.
+        products: {letter, or `i.k`: the two whose product it is}, the second of which follows from the first.
         turns: the features (`o` or `i.k`) that `n` blocks of `b` are of.
         side: `input` or `output` where a rotation's tensors are of one side.
         shared: whether one block may stand for all.
@@ -108,6 +108,11 @@ def letter(word: str) -> str:
     return word.rstrip("^?")
 
 
+def letters(axes: Axes) -> set[str]:
+    """The letters of axes, those of a product apart."""
+    return {name for word in axes if word[0] not in "*1" for name in letter(word).split(".")}
+
+
 def triangle(n: int) -> int:
     """The b of which n is b (b - 1) / 2; -1 if there is none."""
     b = (1 + math.isqrt(1 + 8 * n)) // 2
@@ -134,7 +139,7 @@ def size(form: Form, sizes: Sizes, name: str) -> int | None:
     for written in (name, f"{name}.k"):
         if written in sizes and isinstance(n := sizes[written][0][1], int):
             return n
-    factors = [size(form, sizes, factor) for factor in form.products.get(name, ())]
+    factors = [size(form, sizes, factor) for factor in form.products.get(name, form.products.get(f"{name}.k", ()))]
     known = [n for n in factors if n is not None]
     return math.prod(known) if known and len(known) == len(factors) else None
 

@@ -7,7 +7,7 @@ A method knows no layer: it sees a Geometry, and works through what a layer lend
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Protocol
 
@@ -190,8 +190,8 @@ class Method:
         return {}
 
     @classmethod
-    def additive(cls, roles: Collection[str]) -> bool:
-        """Whether with these tensors W' = W + scale * delta(p), so that it commutes with others of the kind."""
+    def additive(cls, axes: Mapping[str, int]) -> bool:
+        """Whether with these tensors {role: number of axes} W' = W + scale * delta(p), so that it commutes with others of the kind."""
         return False
 
     @classmethod
@@ -267,7 +267,7 @@ class Additive(Method):
     thin: ClassVar[bool] = False  # whether its tensors are `factors`, so that those are the cheapest way to delta too
 
     @classmethod
-    def additive(cls, roles: Collection[str]) -> bool:
+    def additive(cls, axes: Mapping[str, int]) -> bool:
         return True
 
     @classmethod

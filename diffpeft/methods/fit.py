@@ -17,6 +17,7 @@ from diffpeft.methods.axes import (
     holds,
     least,
     letter,
+    letters,
     shown,
     told,
     triangle,
@@ -105,16 +106,16 @@ def bound(form: Form, shapes: Shapes, layer: LayerShape) -> dict[str, int] | str
     """{letter: size} on a layer: its own, what follows from them, and what the shapes choose; or why there is none."""
     sizes = {"o": layer.shape[0], "i": layer.shape[1], "I": layer.groups * layer.shape[1]}
     products = {factor: (total, second) for total, (factor, second) in form.products.items()}
-    letters = _letters(form, shapes)
-    for role, name, _ in letters:
+    places = _letters(form, shapes)
+    for role, name, _ in places:
         if name in sizes:
             continue
-        n = sizes[name] = Counter(n for _, other, n in letters if other == name).most_common(1)[0][0]
+        n = sizes[name] = Counter(n for _, other, n in places if other == name).most_common(1)[0][0]
         if name in products:
             total, second = products[name]
-            if not n or sizes[total] % n:
-                return f"{shown([role], shapes)} does not divide the layer's {sizes[total]} features"
-            sizes[second] = sizes[total] // n
+            features = sizes[total] if total in sizes else math.prod(layer.shape[1:])
+            if not n or features % n or sizes.setdefault(second, features // n) != features // n:
+                return f"{shown([role], shapes)} does not divide the layer's {features} features"
     return sizes
 
 
@@ -190,7 +191,7 @@ def _unturned(form: Form, sizes: Mapping[str, int], shapes: Shapes, layer: Layer
 
 def _shape(text: str, sizes: Mapping[str, int], shape: Shape, kernel: Shape) -> tuple[Shape, bool]:
     """The shape that PEFT gives a tensor on a layer, and whether one of `shape` can be read as it."""
-    axes = alternatives(text)
+    axes = [words for words in alternatives(text) if "/" in text or letters(words) <= {*sizes, "k"}]
     ways = [canonical(words, sizes, kernel) for words in axes]
     enough = [way for way, words in zip(ways, axes, strict=True) if len(shape) >= least(words)]
     fitting = [way for way in enough if holds(tuple(shape), way, kernel)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from torch import Tensor
@@ -41,7 +42,13 @@ class Branch(NamedTuple):
     B: Tensor
 
 
-Form = Factors | Kronecker | Hadamard | Branch
+class Pointwise(NamedTuple):
+    """A linear map of the features at each position, as the function that applies it: [*, in] -> [*, out]. For layers with features in the last axis."""
+
+    of: Callable[[Tensor], Tensor]
+
+
+Form = Factors | Kronecker | Hadamard | Branch | Pointwise
 
 
 class Stage(NamedTuple):

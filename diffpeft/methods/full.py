@@ -7,7 +7,7 @@ W, as every method. A change of nothing but the bias is a `full` without tensors
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 
 from torch import Tensor
 
@@ -20,8 +20,8 @@ class Full(Additive):
     name = "full"
 
     @classmethod
-    def additive(cls, roles: Collection[str]) -> bool:
-        return "set_weight" not in roles
+    def additive(cls, axes: Mapping[str, int]) -> bool:
+        return "set_weight" not in axes
 
     @classmethod
     def rank(cls, p: Mapping[str, Shaped]) -> int:

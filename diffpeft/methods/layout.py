@@ -25,7 +25,7 @@ class Field:
     Args:
         name: the field's.
         option: of the adapter's options; empty for a field that only a fresh adapter looks at.
-        kind: what it holds: `flag`, `count` or `number`.
+        kind: what it holds: `flag`, `count`, `number`, `numbers` by pattern or `word`.
         default: of the field, where a file leaves it out.
     """
 
@@ -69,7 +69,7 @@ class Layout:
         alpha_field: the config's field for it; empty if it has none.
         rank_field: the config's field for the rank.
         rank_default: what it is where a config leaves it out.
-        patterns: whether rank and alpha can differ by layer in a config.
+        patterns: the config's field for ranks of some layers; empty if all have one. An alpha, where there is one, differs with it.
         fields: fields of the config that are options of the adapter, or its own otherwise.
         dropouts: {field of the config: option} of what is dropped while training.
         ranks: the letters that are ranks, the first that is there counts.
@@ -95,7 +95,7 @@ class Layout:
     alpha_field: str = ""
     rank_field: str = "r"
     rank_default: int = 8
-    patterns: bool = False
+    patterns: str = ""
     fields: tuple[Field, ...] = ()
     dropouts: Mapping[str, str] = field(default_factory=dict)
     ranks: tuple[str, ...] = ("r",)
@@ -146,6 +146,10 @@ class Layout:
     def roles(self) -> tuple[str, ...]:
         """Every role that can occur, in the order of the forms."""
         return tuple(dict.fromkeys(role for one in self.forms for role in one.axes))
+
+    def key(self, name: str) -> str:
+        """By what `patterns` means one layer alone. PEFT looks for it at a name's beginning in a `rank_pattern`, in others for the name as it is."""
+        return "^" + name.replace(".", "\\.") if self.patterns == "rank_pattern" else name
 
     def claims(self, roles: Collection[str], role: str = "") -> bool:
         """Whether a layer's tensors, or one of them, may be of this method where others have the same roles."""
@@ -220,7 +224,7 @@ LAYOUTS: dict[str, Layout] = {
         peft="LORA",
         dropouts={"lora_dropout": "dropout"},
         alpha_field="lora_alpha",
-        patterns=True,
+        patterns="rank_pattern",
         alpha="scale",
         inner=True,
         twins=_EMBEDDING,
@@ -236,7 +240,7 @@ LAYOUTS: dict[str, Layout] = {
         status="lora.",
         dropouts={"lora_dropout": "dropout"},
         alpha_field="lora_alpha",
-        patterns=True,
+        patterns="rank_pattern",
         ranks=("q", "r"),
         alpha="scale",
         over=True,
@@ -266,7 +270,7 @@ LAYOUTS: dict[str, Layout] = {
         peft="LOHA",
         dropouts=_same("rank_dropout module_dropout"),
         alpha_field="alpha",
-        patterns=True,
+        patterns="rank_pattern",
         alpha="scale",
         inner=True,
         off=_words("hada_w1_a hada_w2_a"),
@@ -280,7 +284,7 @@ LAYOUTS: dict[str, Layout] = {
         peft="LOKR",
         dropouts=_same("rank_dropout module_dropout rank_dropout_scale"),
         alpha_field="alpha",
-        patterns=True,
+        patterns="rank_pattern",
         ranks=("q", "r"),
         alpha="scale",
         inner=True,
@@ -376,11 +380,61 @@ LAYOUTS: dict[str, Layout] = {
         peft="HIRA",
         dropouts={"hira_dropout": "dropout"},
         rank_default=32,
-        patterns=True,
+        patterns="rank_pattern",
         twins={"hira_A": "hira_embedding_A", "hira_B": "hira_embedding_B"},
         off=_words("hira_B hira_embedding_A"),
         linear=_words("hira_B hira_embedding_B"),
         training=Training({"rank": "r", "dropout": "hira_dropout"}, images=False),
+    ),
+    "c3a": Layout(
+        "c3a.C3A",
+        (form("c3a_kernel: m n b", products={"o": ("m", "b"), "i.k": ("n", "b")}),),
+        config="C3AConfig",
+        peft="C3A",
+        status="c3a.C3A",
+        rank_field="block_size",
+        rank_default=256,
+        patterns="block_size_pattern",
+        ranks=("b",),
+        off=_words("c3a_kernel"),
+        linear=_words("c3a_kernel"),
+        training=Training({"rank": "block_size"}, {"init_weights": True}, images=False),
+    ),
+    "miss": Layout(
+        "miss.Miss",
+        (form("miss_block: r m | n r r", products={"o": ("m", "p")}),),
+        config="MissConfig",
+        peft="MISS",
+        status="miss.Miss",
+        dropouts={"miss_dropout": "dropout"},
+        fields=(Field("mini_r", "", "count", 1),),
+        rank_default=64,
+        off=_words("miss_block"),
+        linear=_words("miss_block"),
+        training=Training({"rank": "r", "dropout": "miss_dropout"}, images=False),
+    ),
+    "road": Layout(
+        "road.Road",
+        (form("road_theta: t; road_alpha: t"),),
+        config="RoadConfig",
+        peft="ROAD",
+        status="road.",
+        fields=(Field("variant", "variant", "word", "road_1"), Field("group_size", "group_size", "count", 64)),
+        ranks=(),
+        training=Training({"rank": "group_size"}, images=False),
+    ),
+    "delora": Layout(
+        "delora.Delora",
+        (form("delora_A: r i *k; delora_B: o r *1; delora_lambda: 1; delora_w_norm: i *k"),),
+        config="DeloraConfig",
+        peft="DELORA",
+        status="delora.Delora",
+        dropouts={"module_dropout": "dropout"},
+        patterns="rank_pattern",
+        fields=(Field("delora_lambda", "", "number", 15), Field("lambda_pattern", "", "numbers", None)),
+        off=_words("delora_B"),
+        linear=_words("delora_lambda"),
+        training=Training({"rank": "r", "dropout": "module_dropout"}, images=False, matrix=True),
     ),
     "full": Layout(
         "full.Full",
@@ -415,6 +469,7 @@ KNOWN = frozenset(role for layout in LAYOUTS.values() for role in layout.roles) 
 TUNED = {layout.stem: layout for layout in LAYOUTS.values() if layout.config and not layout.over}
 CONFIGS = {layout.config: layout.home.split(".")[0] for layout in LAYOUTS.values() if layout.config and not layout.over}
 OFF = frozenset(role for layout in LAYOUTS.values() for role in layout.off) | {BIAS}
+PATTERNS = tuple(sorted({layout.patterns for layout in LAYOUTS.values()} - {""}))  # the fields of configs for ranks
 INNER = tuple(method for method, layout in LAYOUTS.items() if layout.inner)
 PRODUCTS = tuple(method for method, layout in LAYOUTS.items() if layout.inner or layout.over)
 

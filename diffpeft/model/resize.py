@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from diffpeft.errors import AdapterStateError, shown
 from diffpeft.layers.carried import op_of, record_of
-from diffpeft.layers.slot import BIAS, Part, Slot
+from diffpeft.layers.slot import BIAS, Slot
 from diffpeft.layers.swap import SIZES, resizing
 from diffpeft.layers.tokens import Tokens
 from diffpeft.methods import Spec
@@ -145,7 +146,7 @@ def _fit_slot(slot: Slot, module: nn.Module, shared: Shared) -> None:
                 start = weight if role in _STARTS else None
                 tensor.data = _rows(tensor.data, axes[role], start, shared, len(weight))
     geometry = op_of(module).geometry
-    parts = (Part(p.method, p.roles, p.alpha, Spec(geometry, p.spec.alpha, p.spec.options)) for p in slot.parts)
+    parts = (replace(p, spec=Spec(geometry, p.spec.alpha, p.spec.options)) for p in slot.parts)
     slot.__dict__["parts"] = tuple(parts)
     slot._kept.clear()
 

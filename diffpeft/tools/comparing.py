@@ -181,7 +181,9 @@ def _unfit(entry: Entry) -> str:
     from diffpeft.methods import METHODS, Additive
 
     method = METHODS[entry.method]
-    if not (issubclass(method, Additive) and method.additive(entry.tensors)):
+    if not (
+        issubclass(method, Additive) and method.additive({role: len(shape) for role, shape in entry.shapes.items()})
+    ):
         return f"what {entry.method} does depends on the base's weights"
     if method.shared and (entry.shape is None or not entry.shared):
         return f"what {entry.method} does depends on the base's sizes"

@@ -63,7 +63,7 @@ def bent(entry: Entry) -> str:
         return "its magnitudes are those of the changed weight"
     if is_across(entry.shapes):
         return "PEFT's LoRA of a convolution with groups is a branch beside the layer, and no change of its weight"
-    if not method.additive({*entry.tensors}) and {*entry.tensors} - {BIAS}:
+    if not method.additive({role: len(shape) for role, shape in entry.shapes.items()}) and {*entry.tensors} - {BIAS}:
         return "what it adds depends on the weight that it is applied to"
     if method.shared and (entry.shape is None or not entry.shared):
         return "its file does not tell the layer's size"

@@ -87,7 +87,7 @@ def set_ranks(config: object, options: Options, layers: Sequence[str]) -> None:
         raise ConfigError(
             f"rank_pattern with {options.method}, whose layers have one rank", remedy="Leave --rank-pattern out."
         )
-    vars(config).update(rank_pattern=ranks)
+    vars(config).update({LAYOUTS[options.method].patterns: ranks})
     if LAYOUTS[options.method].alpha_field:
         alpha = options.rank if options.alpha is None else options.alpha
         vars(config).update(alpha_pattern={pattern: alpha * rank / options.rank for pattern, rank in ranks.items()})

@@ -22,7 +22,7 @@ from tests.contracts.kinds import CLASSES, FORMS, KINDS, METHOD_FORMS, fits
 from tests.pairwise import params
 
 # {method: another that asks the same of a layer}; what is not here stands for itself and meets every kind
-ALIKE = {"adalora": "lora", "vera": "lora"}
+ALIKE = {"adalora": "lora", "vera": "lora", "delora": "lora"}
 Cell = tuple[str, str]
 
 RISKY = {

@@ -67,6 +67,16 @@ CONFIGS = {
         (*LINEAR, "gpt-2's Conv1D", "conv2d", "conv2d dilated", "conv2d 1x1", "conv2d grouped", "conv3d"),
     ),
     "hira": ("HiraConfig", {"r": 2}, (*LINEAR, "gpt-2's Conv1D", *CONVS, "conv3d", "embedding")),
+    "c3a": ("C3AConfig", {"block_size": 4}, LINEAR),
+    "miss": ("MissConfig", {"r": 4}, LINEAR),
+    "miss, a part": ("MissConfig", {"r": 5}, LINEAR),
+    "miss, mini": ("MissConfig", {"r": 5, "init_weights": "mini", "mini_r": 4}, LINEAR),
+    "miss, bat": ("MissConfig", {"r": 4, "init_weights": "bat"}, LINEAR),
+    **{
+        f"road, {n}": ("RoadConfig", {"variant": f"road_{n}", "group_size": size}, LINEAR)
+        for n, size in ((1, 4), (2, 8), (4, 2))
+    },
+    "delora": ("DeloraConfig", {"r": 3, "delora_lambda": 2}, LINEAR),
     "boft, blocks": ("BOFTConfig", {"boft_block_size": 0, "boft_block_num": 2}, LINEAR),
 }
 CELLS = [(name, kind) for name, (_, _, kinds) in CONFIGS.items() for kind in kinds]
@@ -96,7 +106,7 @@ def pair(name, kind):
 
 def _theirs(model, role):
     found = getattr(model[0], role.removesuffix("_bias"))["default"]
-    return found if isinstance(found, nn.Parameter) else found.bias if role.endswith("_bias") else found.weight
+    return found if isinstance(found, torch.Tensor) else found.bias if role.endswith("_bias") else found.weight
 
 
 @pytest.mark.parametrize(("name", "kind"), CELLS)

@@ -41,6 +41,10 @@ METHODS = {
     "hra": ("HRAConfig", {}),
     "vera": ("VeraConfig", {}),
     "hira": ("HiraConfig", {}),
+    "miss": ("MissConfig", {"r": 2}),
+    "road": ("RoadConfig", {"group_size": 2}),
+    "delora": ("DeloraConfig", {}),
+    "c3a": ("C3AConfig", {"block_size": 2}),
 }
 
 

@@ -45,7 +45,21 @@ FORMS = {form: row for form, row in ALL.items() if row.tensors is None}
 OUTPUT = {form for form, row in FORMS.items() if row.keywords.get("side") == "output"}
 INPUT = {form for form, row in FORMS.items() if row.method in ("oft", "boft")} - OUTPUT
 PLAIN = {"lora", "lora, pissa", "lora, olora", "lora, orthogonal", "dora"}
-ONLY_PEFT = {"hra", "hra, gram-schmidt", "vera", "hira"}  # methods that no other program has
+ONLY_PEFT = {
+    "hra",
+    "hra, gram-schmidt",
+    "vera",
+    "hira",
+    "c3a",
+    "c3a, random start",
+    "road",
+    "road, 2",
+    "road, 4",
+    "delora",
+    "miss",
+    "miss, mini",
+    "miss, bat",
+}  # methods that no other program has
 LYCORIS = set(FORMS) - INPUT - ONLY_PEFT - {"lora, rank-stabilised, with biases", "adalora", "ia3", "ia3, feedforward"}
 HELD = {
     "kohya": LYCORIS,
@@ -216,9 +230,24 @@ IN_PEFT = {
     "HRA": ("HRAConfig", dict(r=4)),
     "HRA of an odd chain, by Gram-Schmidt": ("HRAConfig", dict(r=3, apply_GS=True)),
     "HiRA": ("HiraConfig", dict(r=3)),
+    "MiSS": ("MissConfig", dict(r=5)),
+    "MiSS, mini": ("MissConfig", dict(r=5, init_weights="mini", mini_r=2)),
+    "MiSS, bat": ("MissConfig", dict(r=4, init_weights="bat")),
+    "RoAd 1": ("RoadConfig", dict(group_size=4)),
+    "RoAd 2": ("RoadConfig", dict(variant="road_2", group_size=2)),
+    "RoAd 4": ("RoadConfig", dict(variant="road_4", group_size=4)),
+    "DeLoRA": ("DeloraConfig", dict(r=3, delora_lambda=2, rank_pattern={"two": 2})),
+    "C3A": ("C3AConfig", dict(block_size=4)),
+    "C3A of other blocks": ("C3AConfig", dict(block_size=4, block_size_pattern={"inner.two": 2})),
     "BOFT by number": ("BOFTConfig", dict(boft_block_size=0, boft_block_num=2)),
 }
+LINEAR_IN_PEFT = {"DeloraConfig", "RoadConfig", "C3AConfig", "MissConfig"}  # what PEFT has for linear layers alone
 every_case = pytest.mark.parametrize("case", IN_PEFT)
+
+
+def layers_of(case):
+    """The layers that PEFT's method has."""
+    return LAYERS[:2] if IN_PEFT[case][0] in LINEAR_IN_PEFT else LAYERS
 
 
 @pytest.fixture
@@ -239,7 +268,7 @@ def theirs(net, case):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = peft.get_peft_model(
-            copy.deepcopy(net), getattr(peft, name)(**fields, target_modules=["one", "inner.two", "pointwise", "wide"])
+            copy.deepcopy(net), getattr(peft, name)(**fields, target_modules=[*layers_of(case)])
         )
     for key, p in model.named_parameters():
         if p.requires_grad or "magnitude" in key:
@@ -264,7 +293,7 @@ def test_what_peft_saves_gives_its_output_here(case, net, tmp_path):
     model = theirs(net, case)
     model.save_pretrained(tmp_path / "a")
     report = load_lora(net, tmp_path / "a")
-    assert report.format == "peft" and set(report.matched) == set(LAYERS) and not report.carried
+    assert report.format == "peft" and set(report.matched) == set(layers_of(case)) and not report.carried
     close(net(*inputs()), merged(model))
     save_lora(net, tmp_path / "b")  # its own config, field for field, and its bytes
     assert json.loads((tmp_path / "b/adapter_config.json").read_text()) == json.loads(
@@ -294,9 +323,10 @@ def test_what_we_save_gives_our_output_in_peft(case, net, tmp_path):
     same(*(load_file(tmp_path / name / "adapter_model.safetensors") for name in "ba"))
     own = json.loads((tmp_path / "b/adapter_config.json").read_text())
     always = {"peft_type", "r", "target_modules", "peft_version", "base_model_name_or_path", "task_type"}
-    assert always - ({"r"} if own["peft_type"] == "BOFT" else set()) <= own.keys() and own["peft_version"] == "0.21.2"
-    assert own["target_modules"] == sorted(LAYERS)
-    assert own.keys() <= json.loads((tmp_path / "a/adapter_config.json").read_text()).keys()
+    their_fields = json.loads((tmp_path / "a/adapter_config.json").read_text()).keys()
+    assert always & their_fields <= own.keys() and own["peft_version"] == "0.21.2"
+    assert own["target_modules"] == sorted(layers_of(case))
+    assert own.keys() <= their_fields
     unload(net)
     load_lora(net, tmp_path / "b")
     close(net(*inputs()), merged(again))
@@ -700,8 +730,8 @@ def test_every_role_is_read_in_diffusers_namespace(form, fresh, randomize, tmp_p
             tensors[f"{e.layer}.alpha"] = torch.tensor(float(e.alpha), dtype=torch.float64)
     if FORMS[form].method == "oft" and form in INPUT and form != "oft, neumann":
         return  # without a config it is the series
-    if form in ("hra, gram-schmidt", "vera"):
-        return  # without a config it is a chain; the seed stands there too
+    if form in ("hra, gram-schmidt", "vera") or form.startswith("road"):
+        return  # without a config it is a chain; the seed, and the size of groups, stand there too
     if form.startswith("ia3"):
         return  # without a config nothing tells a convolution's inputs from its outputs
     load_lora(back, tensors, name="default")

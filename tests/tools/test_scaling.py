@@ -14,7 +14,7 @@ from tests.contracts.kinds import FORMS, fits, give, layer
 from tests.pairwise import params
 
 KINDS = ("linear", "linear tall", "conv2d strided", "embedding")
-CURVED = {"dora", "oft", "boft", "hra"}  # at half a strength they are none of their kind
+CURVED = {"dora", "oft", "boft", "hra", "road"}  # at half a strength they are none of their kind
 CELLS = [(form, kind) for form in FORMS for kind in KINDS if fits(form, kind)]
 ALL = [(form, kind, in_alpha) for form, kind in CELLS for in_alpha in (True, False)]
 QUICK = [(form, kind, True) for form, kind in CELLS if kind == "linear" or "tucker" in form]

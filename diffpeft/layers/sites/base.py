@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from diffpeft.layers import kernels
 from diffpeft.layers.backends import Kind, backend_of
 from diffpeft.methods import Geometry, Strength
-from diffpeft.methods.forms import Factors, Form, Kronecker, Stage
+from diffpeft.methods.forms import Factors, Form, Kronecker, Pointwise, Stage
 from diffpeft.methods.linalg import added
 
 
@@ -112,6 +112,8 @@ class LayerSite:
         """y + gate * form x. May write into y."""
         if isinstance(form, Factors):
             return self.add(y, self.down(x, form.A), form.B, gate)
+        if isinstance(form, Pointwise):
+            return added(y, form.of(x), gate)
         assert isinstance(form, Kronecker), "only rows that are looked up are products of two"
         return added(y, self._halves(x, form), gate)
 

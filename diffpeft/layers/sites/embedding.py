@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from diffpeft.layers.sites.base import FeaturesLast, sides
 from diffpeft.methods import Geometry, Strength
-from diffpeft.methods.forms import Branch, Factors, Form, Hadamard, Kronecker
+from diffpeft.methods.forms import Branch, Factors, Form, Hadamard, Kronecker, Pointwise
 from diffpeft.methods.linalg import added
 
 
@@ -37,7 +37,7 @@ class EmbeddingSite(FeaturesLast):
     def plus(self, y: Tensor, x: Tensor, form: Form, gate: Strength) -> Tensor:
         if isinstance(form, Factors):
             return super().plus(y, x, form, gate)
-        assert not isinstance(form, Branch)
+        assert not isinstance(form, Branch | Pointwise)
         rows = (
             _rows(x, form.first) * _rows(x, form.second)
             if isinstance(form, Hadamard)
