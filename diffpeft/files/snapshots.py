@@ -48,9 +48,12 @@ os.register_at_fork(after_in_child=_unlocked)  # another thread may have held it
 def near_path(path: str | os.PathLike[str]) -> str:
     """`Did you mean 'x'?` for what lies beside the first part of a path that is missing, or nothing."""
     missing = Path(path)
-    while missing.parent != missing and not missing.parent.exists():
+    while missing.parent != missing and not os.path.exists(
+        missing.parent
+    ):  # which is no error for what cannot be a path
         missing = missing.parent
-    siblings = os.listdir(missing.parent) if os.access(missing.parent, os.R_OK) and missing.parent.is_dir() else []
+    there = os.path.isdir(missing.parent) and os.access(missing.parent, os.R_OK)
+    siblings = os.listdir(missing.parent) if there else []
     return near(missing.name, siblings)
 
 

@@ -28,7 +28,10 @@ from diffpeft.model.state import slots_in, whole_tensors
 from diffpeft.model.target import adapted
 
 _OTHERS = "diffpeft.to_lora(model, adapter, name=...) makes a LoRA of any method on any layer."
-_SUMS = frozenset({"lora", "dora", "loha", "lokr", "vera"})  # PEFT's
+_BESIDE = {
+    "dora": True,
+    "adalora": False,
+}  # {method: whether PEFT converts it}, where it is not whether it adds to the weight
 Factors = tuple[Tensor, Tensor]
 CompileOptions = Mapping[str, Any]
 
@@ -47,7 +50,7 @@ def convert_to_lora(
         progressbar: show one on stderr.
         compile_kwargs: compile the decomposition with these options of `torch.compile`.
 
-    For methods that add to the weights of linear layers (LoRA, DoRA, LoHa, LoKr, VeRA); a DoRA is taken as it acts on the base. The scale is 1.
+    For methods that add to the weights of linear layers (LoRA, LoHa, LoKr, VeRA, C3A ...), and DoRA, which is taken as it acts on the base. The scale is 1.
     Raises ConfigError for a rank that cannot be and for trained biases, WrongKindError (a TypeError) for other methods and layers, UnknownNameError.
     """
     _check_rank(rank)
@@ -111,7 +114,7 @@ def _is_sum(module: nn.Module, slot: Slot) -> bool:
     """Whether an adapter adds something to the weight of a linear layer."""
     geometry = op_of(module).geometry
     linear = not geometry.kernel and not geometry.lookup
-    return linear and bool(slot.parts) and all(part.method.name in _SUMS for part in slot.parts)
+    return linear and bool(slot.parts) and all(_BESIDE.get(p.method.name, p.additive) for p in slot.parts)
 
 
 def _check_rank(rank: object) -> None:

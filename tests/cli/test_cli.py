@@ -103,6 +103,7 @@ def test_a_mistake_is_one_short_message_an_exit_code_and_no_trace(mistake, photo
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_debug_after_the_subcommand_shows_the_traceback(tmp_path):
     done = diffpeft("demo", "--method", "lorra", "--debug", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" in done.stderr

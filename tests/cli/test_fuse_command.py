@@ -30,6 +30,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_the_folder_draws_in_stock_diffusers_what_the_adapters_draw(folder, image):
     done = run("fuse", "--lora", "a.safetensors:0.8", "--lora", "b.safetensors", "-o", "out", cwd=folder)
     assert done.returncode == 0 and not done.stderr, done.stderr

@@ -253,6 +253,7 @@ def test_presets_choose_what_the_diffusers_example_and_sd_scripts_train(run):
 
 
 @pytest.mark.parametrize("run", ["sdxl, v and zero-terminal SNR"], indirect=True)
+@pytest.mark.slow
 def test_a_run_goes_on_with_layers_that_nothing_reads(run, tmp_path):
     """Other programs adapt them too: such an adapter is no run that learns nothing."""
     _, finished, _ = run

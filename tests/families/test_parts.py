@@ -192,6 +192,7 @@ def test_the_files_of_comfyui_are_opened_one_by_one(kind, folder, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["flux dev"], indirect=True)
+@pytest.mark.slow
 def test_a_run_from_split_files_is_the_run_from_the_folder(kind, folder, tmp_path):
     run = config(tmp_path, model=folder)
     files = split_files(kind, folder, tmp_path)

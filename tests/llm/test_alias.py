@@ -106,7 +106,7 @@ assert transformers.trainer.PeftModel is diffpeft.PeftModel
 """
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", [MODES[0], *(pytest.param(mode, marks=pytest.mark.slow) for mode in MODES[1:])])
 def test_imports_are_served(mode):
     printed = served(IMPORTS, mode).splitlines()
     messages = [
@@ -158,6 +158,7 @@ def test_libraries_that_were_told_there_is_none_are_named():
     assert "'transformers'" in message and "as_peft()" in message
 
 
+@pytest.mark.slow
 def test_a_module_that_was_hidden_is_served():
     served("import peft; from peft import LoraConfig")
     process("import sys; sys.modules['peft'] = None; import diffpeft; diffpeft.as_peft(); from peft import LoraConfig")

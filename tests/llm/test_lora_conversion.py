@@ -182,16 +182,24 @@ def test_refusals_are_pefts(case):
     assert ours.startswith(theirs.partition(":")[0].partition(",")[0].rstrip(". "))
 
 
+SMALL = {
+    "OFTConfig": {"oft_block_size": 4},
+    "C3AConfig": {"block_size": 8},
+    "MissConfig": {"r": 8},
+    "RoadConfig": {"group_size": 8},
+}  # that fit the model
+
+
 def test_who_can_be_converted_is_said_before():
     for name in CONFIGS:
         config = getattr(diffpeft, name)
         fields = {"target_modules": ["q_proj"], **({"total_step": 5} if name == "AdaLoraConfig" else {})}
         fields |= {"feedforward_modules": []} if name == "IA3Config" else {}
-        fields |= {"oft_block_size": 4} if name == "OFTConfig" else {}
+        fields |= SMALL.get(name, {})
         wrapped = get_peft_model(model(), config(**fields))
-        additive = {"LoraConfig", "LoHaConfig", "LoKrConfig", "VeraConfig"}
-        assert wrapped.supports_lora_conversion() == (name in additive), name
-        assert wrapped.base_model.supports_lora_conversion("default") == (name in additive)
+        theirs = peft.get_peft_model(model(), getattr(peft, name)(**fields))
+        assert wrapped.supports_lora_conversion() == theirs.supports_lora_conversion(), name
+        assert wrapped.base_model.supports_lora_conversion("default") == wrapped.supports_lora_conversion()
 
 
 def test_a_bar_and_a_warning(capsys):

@@ -416,6 +416,7 @@ def test_bytes_that_are_no_text_are_named(config, tmp_path):
         sft.train(config)
 
 
+@pytest.mark.slow
 def test_the_python_of_the_page_runs(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     page = (Path(diffpeft.__file__).parent.parent / "docs" / "llm.md").read_text()

@@ -62,6 +62,7 @@ def test_the_least_slow_way_that_fits_is_picked(config, totals, nothing_reserved
         assert {name for name, origin in checked.origins.items() if origin.startswith("memory")} == changed
 
 
+@pytest.mark.slow
 def test_what_was_said_stays_and_what_cannot_be_is_refused_with_the_least(config, totals, nothing_reserved):
     with pytest.raises(ConfigError, match=r"too little: the least is \S+, for .*, with") as caught:
         picked(config, min(totals.values()) / 4)

@@ -123,6 +123,7 @@ def test_kept_equals_computed_bit_for_bit(row, photos, family, tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("live, prior", [(False, "images"), pytest.param(True, "base", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_a_run_is_the_same_wherever_its_latents_are_kept(live, prior, photos, tmp_path):
     options = {
         "class_prompt": "an emoji", "prior": prior, "mask": "alpha", "shuffle_captions": True, "caption_dropout": 0.5,

@@ -175,6 +175,7 @@ def test_an_adapter_to_go_on_with_is_seen_before_the_first_step(config, tmp_path
 
 
 @pytest.mark.parametrize("lr", [5e-2, pytest.param(3.0, marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_the_adapter_of_the_best_step_is_the_one_that_is_seen(lr, config, tmp_path):
     run = dreambooth.train(config(lr=lr, heldout=1, heldout_every=1, sample_every=3, sample_prompts=None))
     (file, *_), out = dreambooth.save(run), tmp_path / "out"
@@ -204,6 +205,7 @@ def _deeper(pipe):
 
 
 @pytest.mark.parametrize("kind", ["sd15", pytest.param("flux dev", marks=pytest.mark.slow)])
+@pytest.mark.slow
 def test_another_checkpoint_shows_the_adapter_as_its_own_stock_pipeline_does(kind, config, models, tmp_path):
     turbo = models(kind, _turbo)
     run = dreambooth.train(config(kind, sample_model=turbo, train_text_encoder=kind == "sd15"))

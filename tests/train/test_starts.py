@@ -58,6 +58,7 @@ def trained(config):
 
 
 @pytest.mark.parametrize("prior", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
 def test_passes_of_a_step_are_one_batch(prior, config, tmp_path):
     options = {"class_prompt": "an emoji", "num_class_images": 2, "class_data": str(config.data)} if prior else {}
     config = replace(config, flip=True, caption_dropout=0.3, noise_offset=0.1, **options)
@@ -92,6 +93,7 @@ real = nn.Module.compile
 @pytest.mark.parametrize(
     "compile_", [compiled, pytest.param(lambda model: real(model, backend="eager"), marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_a_compiled_denoiser_gives_the_same_numbers_and_is_left_as_it_was(compile_, config, monkeypatch):
     monkeypatch.setattr(nn.Module, "compile", compile_)
     run = dreambooth.train(replace(config, steps=2, compile=True))
@@ -253,6 +255,7 @@ def test_base_loras_are_in_the_base_and_not_in_the_file(config, other):
         torch.testing.assert_close(run.family.pipe.unet.get_parameter(n), pipe.unet.get_parameter(n), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_a_training_adapter_is_on_while_training_and_gone_afterwards(config, other):
     with_, without = dreambooth.train(replace(config, training_adapter=f"{other}:2")), dreambooth.train(config)
     assert with_.losses[0] != without.losses[0]

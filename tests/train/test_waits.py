@@ -136,7 +136,7 @@ def steps(monkeypatch):
 
 
 # Each option on one kind of model, and the kinds with what is plain: what an option does, it does whatever the model.
-QUICK = ("dora", "prodigy")
+QUICK = ("prodigy",)
 # {kind: for what a step waits}, all of it in diffusers' own models
 WAITING = {
     "chroma": "numbers of its modulation are made on the host",
