@@ -22,7 +22,8 @@ def photos_in(place, names=("cat_face", "airplane", "automobile")):
 
 def shown_beside(kind, photos):
     """The options that a run of this kind of model needs beside its pictures: those that are edited stand in as their own control images."""
-    return {"control": str(photos)} if kind in EDITS else {}
+    folders = {"flux fill": 2}.get(kind, 1)  # a picture, and what is to be filled in of it
+    return {"control": ",".join([str(photos)] * folders)} if kind in EDITS else {}
 
 
 def png16(path, values):

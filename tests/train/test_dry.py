@@ -119,7 +119,10 @@ def test_the_estimate_is_what_a_run_takes(folder, model, options, monkeypatch):
         estimated += training.weights - size_of([*stays, *denoiser.buffers()])
     # a CPU's convolutions and bf16 have workspaces that nobody is told of: 1 to 2 MiB here, of 15 to 100
     exact = 0.1 if model in OTHERS or streaming is not None else 0.05
-    assert measured[0] == pytest.approx(estimated, rel=exact, abs=2 * 2**20)
+    if model == "hidream":  # all tokens are counted as one expert's, which is the most that may be
+        assert estimated / 2 < measured[0] < estimated
+    else:
+        assert measured[0] == pytest.approx(estimated, rel=exact, abs=2 * 2**20)
     weights = {
         name: model.state_dict()
         for name, model in run.family.pipe.components.items()
