@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import click
 
-from diffpeft.cli.completion import family_names
-from diffpeft.cli.options import overwriting
+from diffpeft.cli.options import rewriting
 from diffpeft.errors import ConfigError
 
 
 @click.command()
-@click.argument("source", metavar="IN", type=click.Path())
-@click.argument("out", metavar="OUT", type=click.Path())
 @click.option(
     "--blocks",
     multiple=True,
@@ -19,10 +16,7 @@ from diffpeft.errors import ConfigError
     metavar="lbw=...|PATTERN=WEIGHT",
     help="A preset or numbers of A1111's block weights (lbw=OUTALL, lbw=1,0,0.5,...), or a weight for the layers whose names begin so; may be repeated.",
 )
-@click.option(
-    "--family", shell_complete=family_names, help="What the adapter is for, if that is not what it looks like."
-)
-@overwriting
+@rewriting
 def bake(source: str, out: str, blocks: tuple[str, ...], family: str | None, overwrite: bool) -> None:
     """Write an adapter with weights by block in it, so that strength 1 is what it was with them.
 

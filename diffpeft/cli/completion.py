@@ -28,6 +28,9 @@ def completed(words: Collection[str]) -> Completes:
     return lambda ctx, param, begun: [word for word in words if word.startswith(begun)]
 
 
+dtype_names = completed(("fp64", "fp32", "fp16", "bf16"))  # what `converters` takes
+
+
 def listed_words(words: Collection[str]) -> Completes:
     """The same for several words with commas: the last one is completed."""
 

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Unpack
 
 import click
 
+from diffpeft.cli.completion import completed, dtype_names, family_names
+from diffpeft.cli.options import overwriting, place_options
+
 if TYPE_CHECKING:
     from diffpeft.converters.locating import Where
-from diffpeft.cli.completion import completed, family_names
-from diffpeft.cli.options import overwriting, place_options
 
 WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris", "xlabs", "onetrainer")
 
@@ -34,7 +35,7 @@ WRITTEN = ("kohya", "kohya-diffusers", "diffusers", "peft", "comfyui", "lycoris"
 )
 @click.option(
     "--dtype",
-    shell_complete=completed(("fp64", "fp32", "fp16", "bf16")),
+    shell_complete=dtype_names,
     help="Of the factors: fp64, fp32, fp16 or bf16. Default: as they are stored.",
 )
 @click.option("--allow", type=click.Choice(["approximate"]), help="Admit a conversion that loses more than rounding.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from diffpeft.cli.completion import completed, family_names
+from diffpeft.cli.completion import completed, dtype_names, family_names
 from diffpeft.cli.convert import WRITTEN
 from diffpeft.cli.merge import show_errors
 from diffpeft.cli.options import Finite, overwriting
@@ -45,7 +45,7 @@ from diffpeft.cli.options import Finite, overwriting
 )
 @click.option(
     "--dtype",
-    shell_complete=completed(("fp64", "fp32", "fp16", "bf16")),
+    shell_complete=dtype_names,
     help="Of the factors. Default: that of the tuned weights.",
 )
 @click.option("--variant", help="Use the files *.VARIANT.safetensors of folders, for example fp16.")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import click
 
-from diffpeft.cli.completion import completed, family_names
+from diffpeft.cli.completion import completed, dtype_names, family_names
 from diffpeft.cli.convert import WRITTEN
 from diffpeft.cli.options import Finite, overwriting
 from diffpeft.drawing.plan import weighted
@@ -49,7 +49,7 @@ _LISTED = 10  # layers in the table without --all
 @click.option("--format", "format_", shell_complete=completed(WRITTEN), help="Of OUT. Default: that of the first file.")
 @click.option(
     "--dtype",
-    shell_complete=completed(("fp64", "fp32", "fp16", "bf16")),
+    shell_complete=dtype_names,
     help="Of the factors: fp64, fp32, fp16 or bf16. Default: one that holds those of all files.",
 )
 @click.option(

@@ -12,7 +12,7 @@ from typing import Any, Generic
 
 import click
 
-from diffpeft.cli.completion import completions
+from diffpeft.cli.completion import completions, family_names
 from diffpeft.errors import ConfigError, UnknownNameError, listed, near, shown
 from diffpeft.files import Json, near_path
 from diffpeft.train.checkpoints import LATEST
@@ -85,6 +85,16 @@ _NEGATIVE = re.compile(r"-\.?\d[\w.+-]*")
 def overwriting(command: Command) -> Command:
     """The option without which no command replaces what is there."""
     return click.option("--overwrite", is_flag=True, help="Replace the output if it is there already.")(command)
+
+
+def rewriting(command: Command) -> Command:
+    """What each command has that writes an adapter file anew: IN, OUT, the family and --overwrite."""
+    command = overwriting(command)
+    help_ = "What the adapter is for, if that is not what it looks like."
+    command = click.option("--family", shell_complete=family_names, help=help_)(command)
+    for name, shown_as in (("out", "OUT"), ("source", "IN")):
+        command = click.argument(name, metavar=shown_as, type=click.Path())(command)
+    return command
 
 
 _FILES = {"base", "resume", "control", "base_lora", "training_adapter"}  # may be files, folders or something else

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import click
 
-from diffpeft.cli.completion import family_names
-from diffpeft.cli.options import overwriting
+from diffpeft.cli.options import rewriting
 
 
 @click.command()
-@click.argument("source", metavar="IN", type=click.Path())
-@click.argument("out", metavar="OUT", type=click.Path())
 @click.option(
     "--blocks",
     multiple=True,
@@ -20,10 +17,7 @@ from diffpeft.cli.options import overwriting
 @click.option(
     "--layers", multiple=True, metavar="PATTERN", help="How names of layers to leave out end: to_q; may be repeated."
 )
-@click.option(
-    "--family", shell_complete=family_names, help="What the adapter is for, if that is not what it looks like."
-)
-@overwriting
+@rewriting
 def prune(
     source: str, out: str, blocks: tuple[str, ...], layers: tuple[str, ...], family: str | None, overwrite: bool
 ) -> None:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING
 import click
 
 from diffpeft.cli.columns import columns
-from diffpeft.cli.completion import family_names
-from diffpeft.cli.options import Finite, NegativeLast, overwriting
+from diffpeft.cli.options import Finite, NegativeLast, rewriting
 
 if TYPE_CHECKING:
     from diffpeft.tools.resizing import ResizeReport
@@ -17,16 +16,11 @@ _LISTED = 10  # layers in the table without --all
 
 
 @click.command()
-@click.argument("source", metavar="IN", type=click.Path())
-@click.argument("out", metavar="OUT", type=click.Path())
 @click.option("-r", "--rank", type=int, help="The most that a layer has.")
 @click.option("--energy", type=Finite(), help="The share of each layer's squared norm to keep, such as 0.95.")
 @click.option("--max-size", help="Of the file, such as 50MB or 48MiB: ranks go where they keep most.")
-@click.option(
-    "--family", shell_complete=family_names, help="What the adapter is for, if that is not what it looks like."
-)
 @click.option("--all", "all_", is_flag=True, help="Print every layer, not those that lose most only.")
-@overwriting
+@rewriting
 def resize(
     source: str,
     out: str,
@@ -83,13 +77,8 @@ def _show(report: ResizeReport, all_: bool) -> None:
 
 
 @click.command(cls=NegativeLast)
-@click.argument("source", metavar="IN", type=click.Path())
-@click.argument("out", metavar="OUT", type=click.Path())
+@rewriting
 @click.argument("by", metavar="BY", type=Finite())
-@click.option(
-    "--family", shell_complete=family_names, help="What the adapter is for, if that is not what it looks like."
-)
-@overwriting
 def scale(source: str, out: str, by: float, family: str | None, overwrite: bool) -> None:
     """Write an adapter that does at strength 1 what IN does at strength BY.
 
